@@ -1,0 +1,1 @@
+"""scfm: train, fine-tune, score and export single-cell foundation models."""

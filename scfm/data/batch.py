@@ -1,0 +1,100 @@
+"""A pack of cells as the model sees it: tokens back to back, no padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PackedBatch:
+    """Cells packed back to back; within a cell `<cls>` and the known genes come first, then the unknown genes.
+
+    Sizes: T packed tokens, N cells. A mask is a length: `n_known` says all that attention needs.
+
+    Attributes:
+        genes: (T,) int32 vocabulary ids; the first token of a cell is `<cls>` where the tokens have one.
+        values: (T,) float32 values as the model sees them (bins); unknown genes hold the mask value.
+        targets: (T,) float32 true values of all tokens, or None where nothing is hidden.
+        cu_seqlens: (N + 1,) int32 cell boundaries.
+        n_known: (N,) int32 known tokens of each cell, `<cls>` included, at least 1.
+        cell_id: (N,) int64 row of the cell in its store; -1 marks a pseudo-cell that only fills room.
+        gene_conditions: name -> (T,) int64 condition index of each token (perturbation flag, pathway); 0 means none.
+        cell_conditions: name -> (N,) int64 condition index of each cell (batch, modality, label ...).
+        total_cells: cells in the whole global batch, over all packs and ranks: the denominator of cell losses.
+        total_unknown: unknown genes in the whole global batch: the denominator of gene losses.
+    """
+
+    genes: Tensor
+    values: Tensor
+    targets: Tensor | None
+    cu_seqlens: Tensor
+    n_known: Tensor
+    cell_id: Tensor
+    gene_conditions: dict[str, Tensor] = field(default_factory=dict)
+    cell_conditions: dict[str, Tensor] = field(default_factory=dict)
+    total_cells: int = 0
+    total_unknown: int = 0
+
+    @property
+    def n_cells(self) -> int:
+        return self.n_known.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.genes.shape[0]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) int64 tokens of each cell."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def real_cells(self) -> Tensor:
+        """(N,) bool, False for a pseudo-cell."""
+        return self.cell_id >= 0
+
+    @cached_property
+    def cell_of_token(self) -> Tensor:
+        """(T,) int64 index of the cell that a token belongs to."""
+        cells = torch.arange(self.n_cells, device=self.genes.device)
+        return torch.repeat_interleave(cells, self.lengths, output_size=self.n_tokens)
+
+    @cached_property
+    def unknown_mask(self) -> Tensor:
+        """(T,) bool, True for unknown genes (those of a pseudo-cell included)."""
+        position = torch.arange(self.n_tokens, device=self.genes.device) - self.cu_seqlens[:-1].long()[self.cell_of_token]
+        return position >= self.n_known.long()[self.cell_of_token]
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """(U,) int64 positions of the unknown genes of real cells, in pack order: what the gene losses look at."""
+        return (self.unknown_mask & self.real_cells[self.cell_of_token]).nonzero()[:, 0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch on another device."""
+
+        def move(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return item.to(device, non_blocking=non_blocking)
+            if isinstance(item, dict):
+                return {name: move(value) for name, value in item.items()}
+            return item
+
+        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def pin_memory(self) -> PackedBatch:
+        """Return the batch in page-locked memory."""
+
+        def pin(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return item.pin_memory()
+            if isinstance(item, dict):
+                return {name: pin(value) for name, value in item.items()}
+            return item
+
+        return PackedBatch(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})

@@ -1,0 +1,281 @@
+"""The recipe: one typed schema for every run, read from YAML, overridden from the command line, saved with the run.
+
+The dataclasses below are the single source of names, types, defaults and help texts; `scfm pretrain --help` prints them.
+Classes are named by registered names (`model.name: scgpt`), never by import path, so a recipe cannot execute code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from scfm.errors import ScfmError
+
+TiePolicy = Literal["left", "random"]
+
+
+@dataclass
+class DataConfig:
+    """What the model reads, and how cells become tokens.
+
+    Args:
+        shards: Shard directory written by `scfm prepare`.
+        genes: `expressed` reads the non-zero genes of each cell; `all` reads every gene of the vocabulary, zeros included.
+        max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
+        cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
+        tokens_per_pack: Most tokens in one forward pass on one device; a global batch is split into as many packs as needed.
+        fill_packs: Fill every pack to `tokens_per_pack` with a pseudo-cell so that shapes never change (GPUs, torch.compile).
+        n_bins: Number of value bins; bin 0 is zero expression, bins 1 to n_bins - 1 are quantiles of the cell's non-zero values.
+        tie_policy: Where equal values fall: `left` (all into the same, highest bin; repeatable), or `random` (spread, keyed by cell).
+        mask_ratios: A cell's share of unknown genes is drawn from these, e.g. [0.25, 0.5, 0.75]; [0] hides nothing.
+        cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
+        mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
+        valid_fraction: Share of cells held out for validation.
+        gene_conditions: Per-gene conditions: {name: TSV file with the columns `gene` and `condition`}.
+        threads: Threads that prepare batches ahead of the step.
+        prefetch: Global batches prepared ahead.
+    """
+
+    shards: str | None = None
+    genes: Literal["expressed", "all"] = "expressed"
+    max_genes: int = 1199
+    cells_per_batch: int = 512
+    tokens_per_pack: int = 65536
+    fill_packs: bool = False
+    n_bins: int = 51
+    tie_policy: TiePolicy = "left"
+    mask_ratios: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    cls_value: float = -2.0
+    mask_value: float = -1.0
+    valid_fraction: float = 0.003
+    gene_conditions: dict[str, str] = field(default_factory=dict)
+    threads: int = 1
+    prefetch: int = 4
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the model.
+
+    Args:
+        name: Registered model name.
+        width: Width of a token, D.
+        heads: Attention heads, H; must divide the width.
+        layers: Transformer blocks.
+        hidden: Width of the feed-forward layer (scGPT: the same as the width).
+        dropout: Dropout of the value encoder and of both residual branches of a block.
+        norm: `post` (the published models), or `pre`, scGPT's own variant in which the residual carries the normalised input.
+        activation: Activation of the feed-forward layer.
+        value_encoder: `continuous` (an MLP of the value), `category` (an embedding per bin) or `scaling` (the gene embedding times the value).
+        attention: `generative` (unknown genes see the known ones and themselves), or `full` (every token sees every token of its cell).
+        unknown_output_projection: Whether unknown genes pass the attention's output projection; scGPT's published weights expect false.
+        backend: Attention backend; `auto` picks the fastest that the device has.
+        cell_embedding: What stands for the cell: the `<cls>` token, the mean of the known tokens, or their value-weighted sum (L2-normalised).
+        cell_conditions: obs columns (batch, modality ...) whose embeddings join the transformer's output before the decoders.
+    """
+
+    name: str = "scgpt"
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    hidden: int = 512
+    dropout: float = 0.2
+    norm: Literal["post", "pre"] = "post"
+    activation: Literal["relu", "gelu"] = "relu"
+    value_encoder: Literal["continuous", "category", "scaling"] = "continuous"
+    attention: Literal["generative", "full"] = "generative"
+    unknown_output_projection: bool = True
+    backend: Literal["auto", "flash_cpu", "dense"] = "auto"
+    cell_embedding: Literal["cls", "mean", "weighted"] = "cls"
+    cell_conditions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ObjectiveConfig:
+    """One term of the loss.
+
+    Args:
+        name: Registered objective: gep, gepc, cell_prompt, ecs, cls.
+        weight: Its factor in the sum.
+        loss: For value predictions, `mse` over bins (the released code) or `cross_entropy` over bins (the paper's formula).
+        threshold: For ecs, the similarity above which cells are drawn together, and below which they are pushed apart.
+        start_step: First optimizer step in which the term counts.
+    """
+
+    name: str
+    weight: float = 1.0
+    loss: Literal["mse", "cross_entropy"] = "mse"
+    threshold: float = 0.8
+    start_step: int = 0
+
+
+@dataclass
+class OptimizerConfig:
+    """How the weights move.
+
+    Args:
+        name: Registered optimizer.
+        lr: Peak learning rate.
+        betas: Decay of the first and second moment.
+        eps: Term added to the denominator.
+        weight_decay: Decoupled weight decay, on matrices only (no biases, norms or embeddings).
+        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        schedule: What follows the warm-up: `cosine` to zero, or `constant`.
+        clip: Largest L2 norm of the gradient; 0 turns clipping off.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """Options of `lightning.Trainer`, by its own names.
+
+    Gradient accumulation and clipping are not among them: they follow from `data.cells_per_batch`,
+    `data.tokens_per_pack` and `optimizer.clip`. Callbacks, loggers and plugins are objects and cannot stand in a recipe.
+    """
+
+    accelerator: str = "auto"
+    strategy: str = "auto"
+    devices: int | str | list[int] = "auto"
+    num_nodes: int = 1
+    precision: str | int = "32"
+    max_epochs: int | None = None
+    min_epochs: int | None = None
+    max_steps: int = -1
+    min_steps: int | None = None
+    max_time: str | None = None
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    limit_test_batches: int | float | None = None
+    limit_predict_batches: int | float | None = None
+    overfit_batches: int | float = 0.0
+    fast_dev_run: int | bool = False
+    val_check_interval: int | float | None = None
+    check_val_every_n_epoch: int | None = 1
+    num_sanity_val_steps: int = 0
+    log_every_n_steps: int = 10
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+    inference_mode: bool = True
+    profiler: str | None = None
+    detect_anomaly: bool = False
+    sync_batchnorm: bool = False
+    enable_model_summary: bool = False
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run is saved.
+
+    Args:
+        every_steps: Optimizer steps between checkpoints.
+        keep: Checkpoints kept besides the best by validation loss.
+    """
+
+    every_steps: int = 1000
+    keep: int = 2
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases logging, off unless a project is named.
+
+    Args:
+        project: Project name; null turns wandb off.
+        name: Name of the run.
+        mode: `online`, or `offline` (written under the run directory, synchronised by hand).
+    """
+
+    project: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass
+class TaskConfig:
+    """The downstream task of a fine-tuning or evaluation run.
+
+    Args:
+        name: Registered task, e.g. annotation.
+        label: obs column that the task predicts.
+        class_weights: `balanced` weights classes by their inverse frequency; `none` counts every cell alike.
+        unlabelled: Values of the label column that mean "no label"; such cells are left out.
+        min_cells: Classes with fewer cells are an error.
+    """
+
+    name: str = "annotation"
+    label: str = "cell_type"
+    class_weights: Literal["none", "balanced"] = "none"
+    unlabelled: list[str] = field(default_factory=lambda: ["unknown", "nan", ""])
+    min_cells: int = 2
+
+
+@dataclass
+class Recipe:
+    """Everything that defines a run. `from` (in Python: `from_model`) names the model directory that fine-tuning starts from."""
+
+    seed: int = 0
+    out: str = "runs/run"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: list[ObjectiveConfig] = field(default_factory=list)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    from_model: str | None = None
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    task: TaskConfig | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain types, with `from_model` under its YAML name `from`."""
+        plain = asdict(self)
+        plain["optimizer"]["betas"] = list(self.optimizer.betas)
+        plain["from"] = plain.pop("from_model")
+        return plain
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse values that cannot work, naming the key. Raises ScfmError."""
+    data, model = recipe.data, recipe.model
+    rules = [
+        (model.width % model.heads == 0, f"model.heads: {model.heads} does not divide model.width {model.width}"),
+        (data.n_bins >= 3, f"data.n_bins: {data.n_bins} is too few; at least 3 (zero, and two bins of values)"),
+        (bool(data.mask_ratios), "data.mask_ratios: is empty; [0] hides nothing"),
+        (all(0 <= r < 1 for r in data.mask_ratios), f"data.mask_ratios: {data.mask_ratios} must lie in [0, 1)"),
+        (data.max_genes >= 1, f"data.max_genes: {data.max_genes} must be at least 1"),
+        (
+            data.tokens_per_pack > data.max_genes,
+            f"data.tokens_per_pack: {data.tokens_per_pack} cannot hold one cell of data.max_genes {data.max_genes} genes and <cls>",
+        ),
+        (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
+        (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
+        (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
+        (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),
+    ]
+    wrong = [message for holds, message in rules if not holds]
+    names = [objective.name for objective in recipe.objectives]
+    wrong += [f"objectives: {name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    hides = any(int(ratio * data.max_genes) > 0 for ratio in data.mask_ratios)
+    for name in ("gep", "gepc", "cell_prompt"):
+        if name in names and not hides:
+            wrong.append(f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none")
+    if model.value_encoder == "scaling" and model.attention == "full" and hides:
+        wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
+    if wrong:
+        raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
