@@ -1,1 +1,27 @@
-"""scfm: train, fine-tune, score and export single-cell foundation models."""
+"""scfm: train, fine-tune, score and export single-cell foundation models.
+
+    import scfm
+    model = scfm.load("runs/quickstart/model")
+    adata = model.embed(adata)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from scfm.errors import ScfmError
+from scfm.version import __version__
+
+if TYPE_CHECKING:
+    from scfm.pretrained import PretrainedModel, load
+
+__all__ = ["PretrainedModel", "ScfmError", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when a model is asked for."""
+    if name in ("load", "PretrainedModel"):
+        from scfm import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module 'scfm' has no attribute {name!r}")

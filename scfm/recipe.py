@@ -279,3 +279,4 @@ def check(recipe: Recipe) -> None:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
     if wrong:
         raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
+

@@ -1,1 +1,1 @@
-"""checkpoints"""
+"""Model directories: the native format, and converters."""

@@ -1,1 +1,9 @@
-"""tasks"""
+"""Downstream tasks, one file each; each offers `finetune(recipe, resume)` and `finetune_anndata(model, adata, ...)`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from scfm.tasks import annotation
+
+TASKS: dict[str, ModuleType] = {"annotation": annotation}

@@ -1,1 +1,1 @@
-"""training"""
+"""Training: the LightningModule, its data, optimisers, callbacks and the run directory."""

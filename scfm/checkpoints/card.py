@@ -1,0 +1,110 @@
+"""The model card: README.md of a model, filled from the run and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from scfm.checkpoints.native import ModelFiles
+from scfm.recipe import Recipe
+from scfm.version import __version__
+
+
+def model_card(
+    recipe: Recipe,
+    files: ModelFiles,
+    metrics: Sequence[tuple[int, str, float]],
+    baselines: dict[str, float],
+    n_parameters: int,
+) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        recipe: the resolved recipe of the run.
+        files: the model's own description.
+        metrics: rows of metrics.csv.
+        baselines: mean squared error of predicting a mean, where it was measured.
+        n_parameters: all weights of the model.
+    """
+    model, tokens = files.model, files.tokens
+    stage = files.training_data.get("stage", "training")
+    lines = [
+        "---",
+        "library_name: scfm",
+        "tags: [single-cell, transcriptomics, foundation-model]",
+        "---",
+        f"# {model.name}, {n_parameters:,} parameters",
+        "",
+        f"Written by scfm {__version__} at the end of a {stage} run; every figure below comes from that run.",
+        "",
+        "```python",
+        "import scfm",
+        'model = scfm.load("path/to/this/folder")',
+        'adata = model.embed(adata)          # adata.obsm["X_scfm"]',
+        *(["adata = model.predict(adata)        # labels and probabilities"] if labels_of(files) else []),
+        "```",
+        "",
+        "## Model",
+        "| | |",
+        "|---|---|",
+        f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
+        f"| attention | {model.attention} |",
+        f"| values | {files.value_kind}, {tokens.n_bins} quantile bins per cell, {model.value_encoder} encoder |",
+        f"| genes | {files.vocabulary.n_genes:,} in the vocabulary, at most {tokens.max_genes:,} per cell |",
+        f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
+        f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
+        "",
+        "## Training",
+        "| | |",
+        "|---|---|",
+        f"| objectives | {', '.join(f'{o.weight:g} x {o.name}' for o in recipe.objectives)} |",
+        f"| global batch | {recipe.data.cells_per_batch:,} cells |",
+        f"| optimizer | {recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, clip {recipe.optimizer.clip:g} |",
+        f"| steps | {max((row[0] for row in metrics), default=0):,} |",
+        f"| precision | {recipe.trainer.precision} |",
+        f"| seed | {recipe.seed} |",
+    ]
+    if recipe.from_model:
+        lines.append(f"| started from | {recipe.from_model} |")
+    lines += ["", *data_section(files.training_data), *validation_section(metrics, baselines)]
+    if labels := labels_of(files):
+        lines += ["## Labels", "", ", ".join(labels), ""]
+    return "\n".join(lines)
+
+
+def labels_of(files: ModelFiles) -> list[str]:
+    """Return the labels that the model predicts, of all its heads."""
+    return [label for head in files.heads for label in head.labels or []]
+
+
+def data_section(training_data: dict[str, Any]) -> list[str]:
+    """Return what the model was trained on, source by source."""
+    sources = training_data.get("manifest", {}).get("sources", [])
+    if not sources:
+        return []
+    lines = ["## Data", "| source | cells |", "|---|---|"]
+    lines += [f"| {source['file']} | {source['cells_kept']:,} |" for source in sources]
+    return [*lines, ""]
+
+
+def validation_section(metrics: Sequence[tuple[int, str, float]], baselines: dict[str, float]) -> list[str]:
+    """Return the best validation step beside the baselines, and in words whether the model beats them."""
+    losses = [(value, step) for step, name, value in metrics if name == "valid/loss"]
+    if not losses:
+        return ["## Validation", "No cells were held out.", ""]
+    step = min(losses)[1]
+    lines = [f"## Validation (held-out cells, step {step:,}, the one exported)", "| metric | value |", "|---|---|"]
+    at_best = {name.removeprefix("valid/"): value for s, name, value in metrics if s == step and name.startswith("valid/")}
+    lines += [f"| {name} | {value:.4g} |" for name, value in at_best.items()]
+    lines += [f"| baseline: predict the {name}, MSE | {value:.4g} |" for name, value in baselines.items()]
+    lines.append("")
+    if baselines:
+        error = at_best.get("gep_mse", at_best.get("gep"))
+        best = min(baselines, key=lambda name: baselines[name])
+        if error is not None:
+            verdict = "below" if error < baselines[best] else "NOT below"
+            lines += [
+                f"The error of GEP, {error:.4g}, is {verdict} that of predicting the {best}, {baselines[best]:.4g}.",
+                "",
+            ]
+    return lines

@@ -1,0 +1,203 @@
+"""The native model directory: what a trained model is, in files that anything can read.
+
+    config.json          sizes, tokenisation, value kind, heads
+    vocab.json           the genes
+    model.safetensors    backbone.* and heads.<task>.*
+    conditions.json      the names behind batch, modality and perturbation indices
+    training_data.json   what it was trained on, and cells.hash, the hashes of those cells
+    README.md            the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scfm.data.store import ValueKind
+from scfm.data.tokens import TokenConfig
+from scfm.data.vocabulary import Vocabulary
+from scfm.errors import ScfmError
+from scfm.model import MODELS
+from scfm.model.heads import HeadSpec
+from scfm.recipe import ModelConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ModelFiles:
+    """A model and all that gives its numbers a meaning.
+
+    Attributes:
+        model: the recipe's model section.
+        tokens: how cells become tokens; mask ratios play no part in inference.
+        value_kind: what it was trained on, raw `counts` or `normalised` values.
+        vocabulary: what the gene ids mean.
+        heads: what it predicts.
+        cell_conditions: obs column -> category names behind its indices.
+        gene_conditions: condition -> category names behind its indices.
+        training_data: manifest entries of what it was trained on.
+        cells_hash: file of sorted cell hashes to copy along, or None.
+        card: text of README.md.
+    """
+
+    model: ModelConfig
+    tokens: TokenConfig
+    value_kind: ValueKind
+    vocabulary: Vocabulary
+    heads: list[HeadSpec]
+    cell_conditions: dict[str, list[str]] = field(default_factory=dict)
+    gene_conditions: dict[str, list[str]] = field(default_factory=dict)
+    training_data: dict[str, Any] = field(default_factory=dict)
+    cells_hash: Path | None = None
+    card: str = ""
+
+    def build(self) -> nn.Module:
+        """Return a network of this form with fresh weights."""
+        if self.model.name not in MODELS:
+            raise ScfmError(f"model.name: {self.model.name!r} is not known; choose one of {sorted(MODELS)}")
+        return MODELS[self.model.name](
+            self.model,
+            n_tokens=len(self.vocabulary),
+            pad=self.vocabulary.pad,
+            n_bins=self.tokens.n_bins,
+            cell_conditions={name: len(names) for name, names in self.cell_conditions.items()},
+            gene_conditions={name: len(names) for name, names in self.gene_conditions.items()},
+            heads=self.heads,
+        )
+
+
+def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: bool = False) -> None:
+    """Write a model directory under a temporary name, then rename it.
+
+    Raises ScfmError where the folder holds anything, unless `replace` is set and it is a model directory.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not replace:
+            raise ScfmError(f"{folder}: is not empty; choose another directory for the model")
+        if not (folder / "config.json").exists():
+            raise ScfmError(f"{folder}: holds something that is not a model directory and is left as it is")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model": asdict(files.model),
+        "tokens": asdict(files.tokens),
+        "value_kind": files.value_kind,
+        "vocabulary_hash": files.vocabulary.hash,
+        "heads": [asdict(head) for head in files.heads],
+    }
+    conditions = {"cell": files.cell_conditions, "gene": files.gene_conditions}
+    for name, content in (
+        ("config.json", config),
+        ("conditions.json", conditions),
+        ("training_data.json", files.training_data),
+    ):
+        (partial / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    files.vocabulary.save(partial / "vocab.json")
+    if files.cells_hash is not None:
+        shutil.copyfile(files.cells_hash, partial / "cells.hash")
+    (partial / "README.md").write_text(files.card, encoding="utf-8")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    partial.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def read_model(folder: Path | str) -> ModelFiles:
+    """Return what a model directory says of its model, without the weights. Raises ScfmError where it is not one."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ScfmError(f"{folder}: is not a model directory (no config.json); give the `model` folder of a run")
+    config = read_json(folder / "config.json")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ScfmError(f"{folder}/config.json: format version {version}; this scfm reads {FORMAT_VERSION}")
+    vocabulary = Vocabulary.load(folder / "vocab.json")
+    if vocabulary.hash != config["vocabulary_hash"]:
+        raise ScfmError(f"{folder}/vocab.json: is not the vocabulary that the model was trained with (hash differs)")
+    conditions = read_json(folder / "conditions.json")
+    hashes = folder / "cells.hash"
+    return ModelFiles(
+        model=of_type(ModelConfig, config["model"], folder),
+        tokens=of_type(TokenConfig, config["tokens"], folder),
+        value_kind=config["value_kind"],
+        vocabulary=vocabulary,
+        heads=[of_type(HeadSpec, head, folder) for head in config["heads"]],
+        cell_conditions=conditions["cell"],
+        gene_conditions=conditions["gene"],
+        training_data=read_json(folder / "training_data.json"),
+        cells_hash=hashes if hashes.exists() else None,
+        card=(folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else "",
+    )
+
+
+def read_weights(folder: Path | str) -> dict[str, Tensor]:
+    """Return the tensors of a model directory by name."""
+    path = Path(folder) / "model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ScfmError(f"{path}: cannot be read as safetensors ({error}); the file is missing or damaged") from error
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str, *, prefix: str = "") -> None:
+    """Copy weights into a network, strictly.
+
+    Args:
+        network: receives the weights.
+        weights: tensors by name.
+        source: named in the error.
+        prefix: only names that start with it are expected and copied, e.g. `backbone.` to leave the heads fresh.
+
+    Raises:
+        ScfmError: lists every missing, unexpected and mis-shaped tensor.
+    """
+    own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
+    given = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    wrong = [f"missing: {name}" for name in own.keys() - given.keys()]
+    wrong += [f"unexpected: {name}" for name in given.keys() - own.keys()]
+    wrong += [
+        f"shape: {name} is {tuple(given[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own.keys() & given.keys()
+        if given[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise ScfmError(f"{source}: the weights do not fit the model:\n  " + "\n  ".join(sorted(wrong)))
+    network.load_state_dict(given, strict=False)
+
+
+def load_model(folder: Path | str) -> tuple[nn.Module, ModelFiles]:
+    """Return the network, weights in place, and its files."""
+    files = read_model(folder)
+    network = files.build()
+    load_weights(network, read_weights(folder), str(folder))
+    return network, files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ScfmError(f"{path}: cannot be read ({error}); the model directory is incomplete or damaged") from error
+
+
+def of_type(kind: type, values: dict[str, Any], folder: Path) -> Any:
+    """Build a dataclass from stored values; a key that this version does not know is an error, not ignored."""
+    unknown = values.keys() - {f.name for f in fields(kind)}
+    if unknown:
+        raise ScfmError(f"{folder}/config.json: unknown keys {sorted(unknown)}; was it written by a newer scfm?")
+    return kind(**values)

@@ -1,0 +1,77 @@
+"""The command line: verbs, each a typed function somewhere else; no logic here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from scfm.errors import ScfmError
+from scfm.version import __version__
+
+# verb -> (module:function, what it does); the function's signature and docstring are the verb's options and help
+VERBS = {
+    "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
+    "prepare": ("scfm.data.prepare:prepare", "h5ad files or folders of them -> a shard directory"),
+    "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),
+    "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
+    "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
+    "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
+    "evaluate": ("scfm.evaluate:evaluate", "score a model on a task, beside its baselines"),
+    "bench": ("scfm.bench:bench", "measure scfm itself"),
+}
+RECIPE_VERBS = ("pretrain", "finetune")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code: 0, or 2 for bad input, said in one message."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["--version"], ["-V"]):
+        print(f"scfm {__version__}")
+        return 0
+    if not given or given[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    try:
+        run(given[0], given[1:])
+    except ScfmError as error:
+        print(f"scfm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overview() -> str:
+    """Return the verbs, a line each."""
+    lines = [f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(
+        ["usage: scfm VERB ...", "", "Single-cell foundation models: train, fine-tune, score and export.", "", *lines]
+        + ["", "scfm VERB --help shows the options of a verb."]
+    )
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Parse the arguments of a verb by its function's signature, and call it. Raises ScfmError for an unknown verb."""
+    if verb not in VERBS:
+        raise ScfmError(f"{verb!r} is not a verb; choose one of {', '.join(VERBS)}")
+    place, what = VERBS[verb]
+    if verb in RECIPE_VERBS:
+        from scfm.recipe_reader import parse_recipe
+
+        recipe, resume = parse_recipe(arguments, f"scfm {verb}", what)
+        function(place)(recipe, resume)
+        return
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"scfm {verb}", description=what)
+    parser.add_function_arguments(function(place))
+    function(place)(**vars(parser.parse_args(list(arguments))))
+
+
+def function(place: str):  # type: ignore[no-untyped-def]
+    """Import a function by `module:name`, and only then what it needs."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

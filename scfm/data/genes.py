@@ -1,0 +1,48 @@
+"""Which gene a column of a matrix holds, read from an AnnData's var."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from scfm.data.vocabulary import is_ensembl, strip_version
+
+ID_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl", "ensembl_ids", "ensembl_gene_id")
+SYMBOL_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol")
+SPIKE_IN = re.compile(r"ERCC-\d{5}")
+
+
+def with_names_of(var: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Return `var` with the columns that name genes taken from `other`, by index, where it lacks them.
+
+    `raw.var` is often only an index while `var` says which Ensembl id it means.
+    """
+    missing = [name for name in (*ID_COLUMNS, *SYMBOL_COLUMNS) if name in other and name not in var]
+    if not missing or not other.index.is_unique:
+        return var
+    return var.assign(**{name: other[name].reindex(var.index).to_numpy() for name in missing})
+
+
+def genes_of(var: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:
+    """Return the unversioned Ensembl id and the symbol of each row of var, None where unknown.
+
+    The index gives the Ensembl id where it looks like one, else the first of ID_COLUMNS does that has one; the first of
+    SYMBOL_COLUMNS gives the symbol, else the index. Spike-ins are no genes and get neither.
+    """
+    index = _names(pd.Series(var.index))
+    ids = [index, *(_names(var[name]) for name in ID_COLUMNS if name in var)]
+    symbols = [*(_names(var[name]) for name in SYMBOL_COLUMNS if name in var), index]
+    ensembl: list[str | None] = []
+    symbol: list[str | None] = []
+    for row, name in enumerate(index):
+        spike_in = name is not None and SPIKE_IN.fullmatch(name)
+        known = [value for column in ids if (value := column[row]) and is_ensembl(value)]
+        named = [value for column in symbols if (value := column[row]) and not is_ensembl(value)]
+        ensembl.append(strip_version(known[0]) if known and not spike_in else None)
+        symbol.append(named[0] if named and not spike_in else None)
+    return ensembl, symbol
+
+
+def _names(column: pd.Series) -> list[str | None]:
+    return [None if pd.isna(value) else str(value).strip() or None for value in column.tolist()]

@@ -1,0 +1,75 @@
+"""Fingerprints of cells: tell whether two data sets hold the same raw profile, without keeping the profiles.
+
+They make the leakage check possible (was this test cell in the training data?) and key the random draws of inference.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from scfm.data.random import mix64
+from scfm.errors import ScfmError
+
+
+@njit(nogil=True, cache=True)
+def _hash_rows(
+    offsets: NDArray[np.integer], genes: NDArray[np.unsignedinteger], bits: NDArray, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    hashes = np.empty(len(offsets) - 1, np.uint64)
+    for row in range(len(hashes)):
+        total = np.uint64(offsets[row + 1] - offsets[row])
+        # A sum does not depend on the order of its terms, and vocabularies order the same genes differently.
+        for at in range(offsets[row], offsets[row + 1]):
+            total += mix64(keys[genes[at]] + mix64(np.uint64(bits[at])))
+        hashes[row] = mix64(total)
+    return hashes
+
+
+def profile_hashes(
+    offsets: NDArray[np.integer],
+    genes: NDArray[np.unsignedinteger],
+    values: NDArray,
+    gene_keys: NDArray[np.uint64],
+) -> NDArray[np.uint64]:
+    """Return a hash of each cell's sparse profile; it does not depend on the vocabulary that numbers the genes.
+
+    Args:
+        offsets: (n + 1,) start of each row.
+        genes: (nnz,) vocabulary ids.
+        values: (nnz,) unsigned counts or float32; equal counts hash alike in any unsigned type.
+        gene_keys: (n_genes,) uint64 of `Vocabulary.gene_keys`.
+
+    Returns:
+        (n,) uint64.
+    """
+    return _hash_rows(offsets, genes, values.view(np.uint32) if values.dtype == np.float32 else values, gene_keys)
+
+
+def save_hashes(path: Path, hashes: NDArray[np.uint64]) -> None:
+    """Write a `cells.hash` file: the hashes sorted, raw little-endian uint64."""
+    written = path.with_name(path.name + ".tmp")
+    np.sort(hashes).astype("<u8").tofile(written)
+    os.replace(written, path)
+
+
+def load_hashes(path: Path) -> NDArray[np.uint64]:
+    """Memory-map a `cells.hash` file. Raises ScfmError where it is missing or cut off."""
+    if not path.is_file():
+        raise ScfmError(f"{path}: there is no such file of cell hashes")
+    size = path.stat().st_size
+    if size % 8:
+        raise ScfmError(f"{path}: {size} bytes are not a whole number of 8-byte hashes; the file is cut off")
+    return np.memmap(path, "<u8", mode="r") if size else np.empty(0, np.uint64)
+
+
+def overlap(known: NDArray[np.uint64], cells: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Say for each of `cells` (n,) whether its hash is among the sorted `known` (m,)."""
+    if not len(known):
+        return np.zeros(len(cells), bool)
+    place = np.searchsorted(known, cells)
+    return known[np.minimum(place, len(known) - 1)] == cells

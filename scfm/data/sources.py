@@ -1,0 +1,348 @@
+"""Where cells come from: h5ad files, read in blocks of rows, and AnnData objects in memory, under the same rules.
+
+Raw counts stand where the CELLxGENE schema puts them: in `raw.X`, else in `X`. Every value is checked, not a sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, issparse
+
+from scfm.data.expression import Fault, find_faults, joined, to_vocabulary
+from scfm.data.genes import genes_of, with_names_of
+from scfm.data.store import CellStore, ObsColumn, ValueKind
+from scfm.data.vocabulary import Gene, Vocabulary
+from scfm.errors import ScfmError
+
+if TYPE_CHECKING:
+    import h5py
+    from anndata import AnnData
+
+VALUES_PER_BLOCK = 2**22
+VALUES_PER_COLUMN_PASS = 2**24
+
+
+class Source(ABC):
+    """Cells of one origin, with their genes and obs columns.
+
+    Attributes:
+        label: what messages call the source.
+        place: where its values stand: `raw.X` or `X`.
+        n_cells: number of cells.
+        n_values: number of stored values.
+        var: one row per column of the matrix, with every column that may name genes.
+        obs_names: the obs columns there are.
+        layers: names of other matrices, for advice.
+        accept_normalised: whether values that are not counts may be used.
+    """
+
+    label: str
+    place: str
+    n_cells: int
+    n_values: int
+    var: pd.DataFrame
+    obs_names: list[str]
+    layers: list[str]
+    accept_normalised: bool
+    values_per_block = VALUES_PER_BLOCK
+
+    @abstractmethod
+    def read(self, first: int, last: int) -> csr_matrix:
+        """Return the stored values of rows first to last - 1."""
+
+    @abstractmethod
+    def read_obs(self, name: str) -> pd.Series:
+        """Return an obs column as it is stored."""
+
+    @abstractmethod
+    def cell_name(self, row: int) -> str:
+        """Return the obs name of a row."""
+
+    @cached_property
+    def genes(self) -> tuple[list[str | None], list[str | None]]:
+        """Ensembl id and symbol of each column, None where unknown."""
+        return genes_of(self.var)
+
+    def gene_list(self) -> list[Gene]:
+        """Return the genes of the columns that have a name."""
+        return [Gene.of(*names) for names in zip(*self.genes, strict=True) if any(names)]
+
+    def gene_of_column(self, vocabulary: Vocabulary) -> NDArray[np.int32]:
+        """Return the vocabulary id of each column, -1 for unknown genes. Raises ScfmError where no gene is known."""
+        matched = vocabulary.match(*self.genes)
+        if not (matched >= 0).any():
+            seen = [gene.id for gene in self.gene_list()] or self.var.index.astype(str).tolist()
+            expected = [f"{g.id} ({g.symbol})" if g.symbol else g.id for g in vocabulary.entries[: vocabulary.n_genes]]
+            raise ScfmError(
+                f"{self.label}: none of its {len(self.var):,} genes is in the vocabulary. Seen: {_some(seen)}. "
+                f"Expected: {_some(expected)}. Check the organism, and that var holds Ensembl ids or gene symbols"
+            )
+        return matched
+
+    @cached_property
+    def value_kind(self) -> ValueKind:
+        """Counts, or normalised where that is accepted and any value is no count (which takes a pass over all values)."""
+        if self.accept_normalised and any(find_faults(block.data) for _, block in self.blocks()):
+            return "normalised"
+        return "counts"
+
+    def blocks(self) -> Iterator[tuple[int, csr_matrix]]:
+        """Yield (first row, values of the rows), of about `values_per_block` values, checked.
+
+        Raises ScfmError for values that are not finite or negative, and, unless normalised values are accepted, for
+        any that is not a whole number.
+        """
+        values_per_cell = max(1, self.n_values // max(1, self.n_cells))
+        rows = max(1, self.values_per_block // values_per_cell)
+        for first in range(0, self.n_cells, rows):
+            block = self.read(first, min(first + rows, self.n_cells))
+            self._check(block, first)
+            yield first, block
+
+    def obs(self, name: str) -> ObsColumn | None:
+        """Return an obs column as codes and categories, None where the source has none of that name.
+
+        Raises ScfmError for a column of real numbers.
+        """
+        if name not in self.obs_names:
+            return None
+        column = self.read_obs(name)
+        if pd.api.types.is_float_dtype(column.dtype) and column.notna().any():
+            raise ScfmError(
+                f"{self.label}: obs column {name!r} holds real numbers; only categories can be carried along"
+            )
+        category = column.astype("category").cat.remove_unused_categories().cat
+        return ObsColumn(category.codes.to_numpy(), [str(value) for value in category.categories])
+
+    def primary(self) -> NDArray[np.bool_]:
+        """(n_cells,) False where `is_primary_data` is: the cell stands in another data set too."""
+        if "is_primary_data" not in self.obs_names:
+            return np.ones(self.n_cells, bool)
+        return (self.read_obs("is_primary_data").astype(str).str.lower() != "false").to_numpy()
+
+    def _check(self, block: csr_matrix, first: int) -> None:
+        for fault, at in find_faults(block.data).items():
+            if self.accept_normalised and fault in (Fault.FRACTION, Fault.TOO_LARGE):
+                continue
+            row = int(np.searchsorted(block.indptr, at, side="right")) - 1
+            gene = self.var.index[block.indices[at]]
+            where = f"{self.label}: {self.place} holds {block.data[at]:.4g} for gene {gene} in cell {self.cell_name(first + row)}"
+            largest = block.data.max()
+            layers = f" (layers here: {', '.join(self.layers)})" if self.layers else ""
+            raise ScfmError(
+                {
+                    Fault.NOT_FINITE: f"{where}; expression values must be finite. Mend the file: cells without any "
+                    "count become NaN when they are divided by their total",
+                    Fault.NEGATIVE: f"{where}; negative values mean that the data are scaled (z-scores) or corrected "
+                    f"(they range from {block.data.min():.4g} to {largest:.4g} here). They cannot be used, also not with "
+                    f"--accept-normalised. Put the raw counts into raw.X or X{layers}",
+                    Fault.TOO_LARGE: f"{where}; no raw count is that large",
+                    Fault.FRACTION: f"{where}, but raw counts are whole numbers. The values look "
+                    f"{'log-normalised' if largest < 25 else 'normalised, not log-transformed'} (fractions, the largest "
+                    f"about {largest:.4g}). Put the raw counts into raw.X or X{layers}, or pass --accept-normalised (in "
+                    "Python accept_normalised=True) to use only the order of the genes within a cell",
+                }[fault]
+            )
+
+
+class AnnDataSource(Source):
+    """An AnnData in memory (or backed), which is only read."""
+
+    def __init__(self, adata: AnnData, accept_normalised: bool = False, label: str = "the AnnData") -> None:
+        self.label, self.accept_normalised = label, accept_normalised
+        held = adata if adata.raw is None else adata.raw
+        self.place = "X" if adata.raw is None else "raw.X"
+        if held.X is None:
+            raise ScfmError(f"{label}: has no X; expression values are needed")
+        self._adata = adata
+        # Rows of a CSC matrix are dear to cut out, so it is turned once.
+        self._matrix = held.X.tocsr() if issparse(held.X) else held.X
+        self.n_cells = adata.n_obs
+        self.n_values = self._matrix.nnz if issparse(self._matrix) else self.n_cells * held.n_vars
+        self.var = with_names_of(held.var, adata.var)
+        self.obs_names, self.layers = list(adata.obs.columns), list(adata.layers)
+
+    def read(self, first: int, last: int) -> csr_matrix:
+        return csr_matrix(self._matrix[first:last])
+
+    def read_obs(self, name: str) -> pd.Series:
+        return self._adata.obs[name]
+
+    def cell_name(self, row: int) -> str:
+        return str(self._adata.obs_names[row])
+
+
+class H5adSource(Source):
+    """An h5ad file, of which only the rows asked for are in memory; close it, or use it in a `with` statement."""
+
+    def __init__(self, path: Path, accept_normalised: bool = False) -> None:
+        import h5py
+        from anndata.io import read_elem
+
+        self.label, self.accept_normalised = str(path), accept_normalised
+        if not path.is_file():
+            raise ScfmError(f"{path}: there is no such file")
+        if not h5py.is_hdf5(path):
+            raise ScfmError(f"{path}: not an h5ad file (it is not HDF5); write one with adata.write_h5ad(...)")
+        with self._readable("the file"):
+            self._file: h5py.File = h5py.File(path, "r")
+        try:
+            self._open(read_elem)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, read_elem: Any) -> None:
+        import h5py
+
+        held = self._file.get("raw", self._file)
+        self.place = "X" if held is self._file else "raw.X"
+        missing = [name for name in ("obs", "var") if name not in self._file] + [self.place] * ("X" not in held)
+        if missing:
+            raise ScfmError(
+                f"{self.label}: HDF5, but not an h5ad file: it has no {', '.join(missing)} (a Cell Ranger file is "
+                "turned into one by scanpy.read_10x_h5(...).write_h5ad(...))"
+            )
+        self._matrix = held["X"]
+        if isinstance(self._file["obs"], h5py.Dataset):
+            raise ScfmError(
+                f"{self.label}: written by an anndata before 0.7; read it with anndata.read_h5ad and write it again"
+            )
+        with self._readable("obs and var"):
+            self.var = with_names_of(read_elem(held["var"]), read_elem(self._file["var"]))
+            obs = self._file["obs"]
+            # anndata 0.7 kept the names of categories apart; then a column cannot be read alone.
+            self._obs = read_elem(obs) if "__categories" in obs else None
+            self.obs_names = [str(name) for name in obs.attrs["column-order"]]
+            self._cell_names = obs[obs.attrs["_index"]]
+            self.n_cells = len(self._cell_names)
+        self.layers = list(self._file.get("layers", ()))
+        self._encoding = self._matrix.attrs.get("encoding-type", "array")
+        if self._encoding in ("csr_matrix", "csc_matrix"):
+            self._open_sparse()
+        elif self._encoding == "array":
+            self.n_values = self._matrix.size
+            self._expect_shape(self._matrix.shape)
+        else:
+            raise ScfmError(f"{self.label}: {self.place} is stored as {self._encoding!r}; CSR, CSC and dense are known")
+
+    def _open_sparse(self) -> None:
+        self._expect_shape(tuple(self._matrix.attrs["shape"]))
+        with self._readable(f"{self.place}/indptr"):
+            self._indptr = self._matrix["indptr"][:].astype(np.int64)
+        self.n_values = int(self._indptr[-1])
+        lengths = {self.n_values, len(self._matrix["data"]), len(self._matrix["indices"])}
+        majors = self.n_cells if self._encoding == "csr_matrix" else len(self.var)
+        if (
+            len(lengths) > 1
+            or self._indptr[0] != 0
+            or (np.diff(self._indptr) < 0).any()
+            or len(self._indptr) != majors + 1
+        ):
+            raise ScfmError(
+                f"{self.label}: {self.place} is damaged: its indptr does not fit its data; fetch the file again"
+            )
+        if self._encoding == "csc_matrix":
+            self.values_per_block = VALUES_PER_COLUMN_PASS
+
+    def _expect_shape(self, shape: Sequence[int]) -> None:
+        if tuple(shape) != (self.n_cells, len(self.var)):
+            raise ScfmError(
+                f"{self.label}: {self.place} is {' x '.join(map(str, shape))}, but obs and var tell of "
+                f"{self.n_cells} cells and {len(self.var)} genes; the file is damaged"
+            )
+
+    def read(self, first: int, last: int) -> csr_matrix:
+        shape = (last - first, len(self.var))
+        with self._readable(f"{self.place}, cells {first} to {last - 1}"):
+            if self._encoding == "array":
+                return csr_matrix(self._matrix[first:last])
+            if self._encoding == "csc_matrix":
+                return self._read_columns(first, last)
+            start, stop = self._indptr[first], self._indptr[last]
+            values, columns = self._matrix["data"][start:stop], self._matrix["indices"][start:stop]
+        self._expect_below(columns, len(self.var))
+        return csr_matrix((values, columns, self._indptr[first : last + 1] - start), shape)
+
+    def _read_columns(self, first: int, last: int) -> csr_matrix:
+        """Collect the values of some rows from a matrix that is stored by column: one pass over the whole matrix."""
+        parts = []
+        for start in range(0, self.n_values, VALUES_PER_BLOCK):
+            stop = min(start + VALUES_PER_BLOCK, self.n_values)
+            rows = self._matrix["indices"][start:stop]
+            self._expect_below(rows, self.n_cells)
+            inside = np.flatnonzero((rows >= first) & (rows < last))
+            columns = np.searchsorted(self._indptr, start + inside, side="right") - 1
+            parts.append((self._matrix["data"][start:stop][inside], rows[inside] - first, columns))
+        if not parts:
+            return csr_matrix((last - first, len(self.var)), dtype=np.float32)
+        values, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return csr_matrix((values, (rows, columns)), (last - first, len(self.var)))
+
+    def _expect_below(self, indices: NDArray, size: int) -> None:
+        if len(indices) and not 0 <= indices.min() <= indices.max() < size:
+            raise ScfmError(
+                f"{self.label}: {self.place} is damaged: an index is not below {size}; fetch the file again"
+            )
+
+    def read_obs(self, name: str) -> pd.Series:
+        from anndata.io import read_elem
+
+        with self._readable(f"obs column {name!r}"):
+            return pd.Series(read_elem(self._file["obs"][name])) if self._obs is None else self._obs[name]
+
+    def cell_name(self, row: int) -> str:
+        name = self._cell_names[row]
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    @contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, KeyError) as error:
+            raise ScfmError(
+                f"{self.label}: {what} cannot be read; the file is truncated or damaged ({error}); fetch it again"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> H5adSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def store_from_anndata(
+    adata: AnnData, vocabulary: Vocabulary, accept_normalised: bool = False, obs_columns: Sequence[str] = ()
+) -> CellStore:
+    """Return an AnnData's cells as a store in memory; the AnnData is not changed.
+
+    Every cell keeps its row, one without any expressed gene of the vocabulary as an empty one. Raises ScfmError as
+    reading an h5ad file does, and for an obs column that is not there.
+    """
+    source = AnnDataSource(adata, accept_normalised)
+    absent = [name for name in obs_columns if name not in source.obs_names]
+    if absent:
+        raise ScfmError(f"{source.label} has no obs column {', '.join(absent)}; it has {', '.join(source.obs_names)}")
+    gene_of_column = source.gene_of_column(vocabulary)
+    value_kind = source.value_kind
+    parts = [to_vocabulary(block, gene_of_column, value_kind) for _, block in source.blocks()]
+    return CellStore(
+        vocabulary=vocabulary,
+        value_kind=value_kind,
+        blocks=[joined(parts)] if parts else [],
+        obs={name: column for name in obs_columns if (column := source.obs(name)) is not None},
+        cell_names=adata.obs_names.to_numpy(),
+    )

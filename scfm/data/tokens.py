@@ -1,0 +1,235 @@
+"""From the sparse rows of a store to tokens: bins, sampled genes, known and unknown ones, written into flat arrays.
+
+A cell's tokens depend on its values, its key, the seed and the epoch, and on nothing else: not on its batch mates, not
+on the number of threads or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from scfm.data.binning import bin_counts, bin_reals
+from scfm.data.random import CHOICE, RATIO, TIES, below, draw32, stream
+from scfm.data.store import CellBlock, CellStore, ValueKind
+from scfm.data.vocabulary import Vocabulary
+from scfm.errors import ScfmError
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """How cells become tokens; the fields mean what they mean in the recipe's `data` section."""
+
+    genes: Literal["expressed", "all"] = "expressed"
+    max_genes: int = 1199
+    n_bins: int = 51
+    tie_policy: Literal["left", "random"] = "left"
+    mask_ratios: Sequence[float] = field(default_factory=lambda: (0.25, 0.5, 0.75))
+    cls_value: float = -2.0
+    mask_value: float = -1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.n_bins <= 65536:
+            raise ScfmError(f"data.n_bins: {self.n_bins} must lie between 3 and 65536")
+        if not self.mask_ratios or not all(0 <= ratio < 1 for ratio in self.mask_ratios):
+            raise ScfmError(f"data.mask_ratios: {list(self.mask_ratios)} must name at least one ratio, each in [0, 1)")
+
+    @property
+    def hides(self) -> bool:
+        """Whether any gene is unknown."""
+        return any(ratio > 0 for ratio in self.mask_ratios)
+
+
+class Tokeniser:
+    """Writes the tokens of cells: `<cls>`, the known genes, then the unknown ones, each in ascending id.
+
+    Args:
+        config: how cells become tokens.
+        vocabulary: what the gene ids mean.
+        value_kind: raw counts, which are binned by counting, or normalised values, of which the order is used.
+        gene_conditions: name -> (len(vocabulary),) condition index of every gene and special token.
+    """
+
+    def __init__(
+        self,
+        config: TokenConfig,
+        vocabulary: Vocabulary,
+        value_kind: ValueKind,
+        gene_conditions: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.config = config
+        self.vocabulary = vocabulary
+        self.value_kind = value_kind
+        self.gene_conditions = dict(gene_conditions or {})
+        for name, table in self.gene_conditions.items():
+            if len(table) != len(vocabulary):
+                raise ScfmError(f"gene condition {name}: {len(table)} entries for a vocabulary of {len(vocabulary)}")
+        self._quantiles = np.linspace(0, 1, config.n_bins - 1)
+        self._ratios = np.asarray(config.mask_ratios, np.float64)
+
+    def plan(
+        self, store: CellStore, rows: NDArray[np.int64], keys: NDArray[np.uint64], epoch: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the tokens of each cell, `<cls>` included, and how many of its genes are unknown, (n,) int32 each."""
+        if self.config.genes == "all":
+            available = np.full(len(rows), self.vocabulary.n_genes, np.int32)
+        else:
+            available = store.n_genes(rows)
+        kept = np.minimum(available, np.int32(self.config.max_genes))
+        return kept + np.int32(1), _count_unknown(kept, self._ratios, keys, self.config.seed, epoch)
+
+    def fill(
+        self,
+        store: CellStore,
+        rows: NDArray[np.int64],
+        keys: NDArray[np.uint64],
+        epoch: int,
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        n_unknown: NDArray[np.int32],
+        genes: NDArray[np.int32],
+        values: NDArray[np.float32],
+        targets: NDArray[np.float32],
+    ) -> None:
+        """Write each cell's tokens from `starts[i]` on, as many as `plan` said.
+
+        Args:
+            store, rows, keys, epoch: as given to `plan`.
+            starts: (n,) first token of each cell in the three arrays below.
+            lengths, n_unknown: what `plan` returned.
+            genes: (T,) ids.
+            values: (T,) bins; `cls_value` at `<cls>`, `mask_value` at unknown genes.
+            targets: (T,) the true bins; may be `values` itself where nothing is hidden.
+        """
+        config = self.config
+        bin_rows = bin_counts if self.value_kind == "counts" else bin_reals
+        tie_streams, choice_streams = _streams(keys, config.seed, epoch, TIES), _streams(keys, config.seed, epoch, CHOICE)
+        specials = (self.vocabulary.n_genes, self.vocabulary.cls, config.cls_value, config.mask_value)
+        write = _write_all if config.genes == "all" else _write_expressed
+        for block, cells, places in _by_block(store, rows):
+            sizes = block.offsets[places + 1] - block.offsets[places]
+            bin_starts = np.cumsum(sizes, dtype=np.int64) - sizes
+            bins = np.empty(sizes.sum(), np.uint16)
+            spread = config.tie_policy == "random"
+            bin_rows(
+                block.offsets, block.values, places, self._quantiles, spread, tie_streams[cells], bin_starts, bins
+            )
+            plans = (starts[cells], lengths[cells], n_unknown[cells], choice_streams[cells])
+            write(block.offsets, block.genes, places, bin_starts, bins, plans, specials, genes, values, targets)
+
+    def conditions_of(self, genes: NDArray[np.int32]) -> dict[str, NDArray[np.int64]]:
+        """Return name -> (T,) condition index of each token."""
+        return {name: table[genes] for name, table in self.gene_conditions.items()}
+
+
+def _by_block(
+    store: CellStore, rows: NDArray[np.int64]
+) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield each block that holds some of the rows, which of the rows it holds, and their places in it."""
+    block_of, places = store.locate(rows)
+    order = np.argsort(block_of, kind="stable")
+    ends = np.flatnonzero(np.diff(block_of[order])) + 1
+    for cells in np.split(order, ends) if len(rows) else []:
+        yield store.blocks[block_of[cells[0]]], cells, places[cells]
+
+
+@njit(nogil=True, cache=True)
+def _streams(keys: NDArray[np.uint64], seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
+    streams = np.empty(len(keys), np.uint64)
+    for i in range(len(keys)):
+        streams[i] = stream(seed, epoch, keys[i], purpose)
+    return streams
+
+
+@njit(nogil=True, cache=True)
+def _count_unknown(
+    kept: NDArray[np.int32], ratios: NDArray[np.float64], keys: NDArray[np.uint64], seed: int, epoch: int
+) -> NDArray[np.int32]:
+    """Return int(genes * ratio) of each cell, its ratio drawn from the given ones."""
+    unknown = np.empty(len(kept), np.int32)
+    for i in range(len(kept)):
+        drawn = below(draw32(stream(seed, epoch, keys[i], RATIO), 0), len(ratios))
+        unknown[i] = int(kept[i] * ratios[drawn])
+    return unknown
+
+
+@njit(nogil=True, cache=True)
+def _split(
+    n: int, known: int, unknown: int, choice_stream: int, first: NDArray[np.uint32], second: NDArray[np.uint32]
+) -> None:
+    """Draw which of n genes are known and which unknown, and list their places, ascending, in `first` and `second`.
+
+    One pass decides each gene by the room that is left, so that the numbers come out exactly (selection sampling: Knuth,
+    The Art of Computer Programming, 3.4.2, algorithm S). Every gene is written to both lists and stays only where its
+    list moves on, because a branch would be mispredicted half the time; hence each list needs one element of slack.
+    """
+    room_known, room = known, known + unknown
+    at_known, at_unknown = 0, 0
+    for t in range(n):
+        chance = below(draw32(choice_stream, t), n - t)
+        is_known, is_kept = np.int64(chance < room_known), np.int64(chance < room)
+        first[at_known], second[at_unknown] = t, t
+        room_known -= is_known
+        room -= is_kept
+        at_known += is_known
+        at_unknown += is_kept - is_known
+
+
+@njit(nogil=True, cache=True)
+def _write_cell(ids, bins, unknown, choice_stream, specials, scratch, genes, values, targets):  # type: ignore[no-untyped-def]
+    """Fill the tokens of one cell: `<cls>`, then a random part of the genes as known, and another as unknown."""
+    _, cls, cls_value, mask_value = specials
+    first, second = scratch
+    genes[0], values[0], targets[0] = cls, cls_value, cls_value
+    known = len(genes) - 1 - unknown
+    if known == len(ids):
+        for t in range(known):
+            genes[1 + t], values[1 + t], targets[1 + t] = ids[t], bins[t], bins[t]
+        return
+    _split(len(ids), known, unknown, choice_stream, first, second)
+    for j in range(known):
+        t = first[j]
+        genes[1 + j], values[1 + j], targets[1 + j] = ids[t], bins[t], bins[t]
+    genes, values, targets = genes[1 + known :], values[1 + known :], targets[1 + known :]
+    for j in range(unknown):
+        t = second[j]
+        genes[j], values[j], targets[j] = ids[t], mask_value, bins[t]
+
+
+@njit(nogil=True, cache=True)
+def _write_expressed(offsets, ids, rows, bin_starts, bins, plans, specials, genes, values, targets):  # type: ignore[no-untyped-def]
+    """Write cells from their expressed genes."""
+    starts, lengths, n_unknown, streams = plans
+    longest = lengths.max()
+    scratch = (np.empty(longest, np.uint32), np.empty(longest, np.uint32))
+    for i in range(len(rows)):
+        row = slice(offsets[rows[i]], offsets[rows[i] + 1])
+        row_bins = bins[bin_starts[i] : bin_starts[i] + (row.stop - row.start)]
+        out = slice(starts[i], starts[i] + lengths[i])
+        _write_cell(
+            ids[row], row_bins, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
+        )
+
+
+@njit(nogil=True, cache=True)
+def _write_all(offsets, ids, rows, bin_starts, bins, plans, specials, genes, values, targets):  # type: ignore[no-untyped-def]
+    """Write cells from every gene of the vocabulary; what is not expressed is in bin 0."""
+    starts, lengths, n_unknown, streams = plans
+    longest = lengths.max()
+    scratch = (np.empty(longest, np.uint32), np.empty(longest, np.uint32))
+    every_gene = np.arange(specials[0])
+    every_bin = np.empty(specials[0], np.uint16)
+    for i in range(len(rows)):
+        every_bin[:] = 0
+        for t, place in enumerate(range(offsets[rows[i]], offsets[rows[i] + 1])):
+            every_bin[ids[place]] = bins[bin_starts[i] + t]
+        out = slice(starts[i], starts[i] + lengths[i])
+        _write_cell(
+            every_gene, every_bin, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
+        )

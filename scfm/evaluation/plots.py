@@ -1,0 +1,286 @@
+"""The figures of a report, each returned as PNG bytes: quiet, direct, and safe for colour-blind readers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.evaluation.metrics import METRICS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from scfm.evaluation.harness import Comparison
+
+INK, FAINT, RULE = "#1d2433", "#6b7280", "#d9dde3"
+TITLE_OF_SIDE = {"train": "training", "valid": "validation"}
+# Paul Tol's muted scheme: nine hues that stay apart for all common kinds of colour blindness
+HUES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
+MARKERS = "os^DvP"
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.handletextpad": 0.4,
+}
+
+
+@contextmanager
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, list[Axes], io.BytesIO]]:
+    """Open a figure in scfm's style, outside of pyplot's global state; on leaving, it is drawn into the buffer."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, columns, squeeze=False, **options)[0].tolist()
+        yield figure, axes, drawn
+        # no software version in the file: the same data give the same bytes
+        figure.savefig(drawn, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+
+
+def _colours(comparison: Comparison) -> dict[str, str]:
+    """Return a colour per method: models in warm tones, the best baseline darkest among cool greys."""
+    warm, cool = ("#c2410c", "#f59e0b", "#be185d"), ("#0f4c75", "#5b8db8", "#a8b3c1")
+    ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, "macro_f1").mean)
+    colours = {name: warm[k % len(warm)] for k, name in enumerate(comparison.names("model"))}
+    return colours | {name: cool[min(k, len(cool) - 1)] for k, name in enumerate(ranked)}
+
+
+def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
+    """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric."""
+    colours = _colours(comparison)
+    names = list(comparison.kinds)[::-1]
+    with _figure(7.2, 0.55 + 0.34 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
+        for axis, metric in zip(axes, metrics, strict=True):
+            for y, name in enumerate(names):
+                values = np.array([run.scores.values[metric] for run in comparison.runs_of(name)])
+                axis.plot([values.mean()] * 2, [y - 0.27, y + 0.27], color=colours[name], lw=2.2, solid_capstyle="butt")
+                axis.scatter(values, np.full(len(values), y), s=22, color=colours[name], alpha=0.55, lw=0)
+            axis.set_title(METRICS[metric].title)
+            axis.set_xlim(0, 1.02)
+            axis.grid(axis="x")
+            axis.spines["left"].set_visible(False)
+        axes[0].set_yticks(range(len(names)), names)
+        for text, name in zip(axes[0].get_yticklabels(), names, strict=True):
+            text.set_fontweight("bold" if comparison.kinds[name] == "model" else "normal")
+    return drawn.getvalue()
+
+
+def umap_of(embedding: NDArray, seed: int = 0) -> NDArray[np.float32]:
+    """Return the UMAP of an embedding (n, d), (n, 2): 15 neighbours, Euclidean, scanpy's defaults."""
+    import anndata
+    import scanpy
+
+    cells = anndata.AnnData(np.asarray(embedding, dtype=np.float32))
+    scanpy.pp.neighbors(cells, use_rep="X", n_neighbors=min(15, len(embedding) - 1), random_state=seed)
+    scanpy.tl.umap(cells, random_state=seed)
+    return cells.obsm["X_umap"]
+
+
+def neighbour_agreement(embedding: NDArray, labels: NDArray[np.str_], n_train: int, neighbours: int = 10) -> float:
+    """Return the mean share of a held-out cell's nearest training cells that have its label, in an embedding (n, d)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    index = NearestNeighbors(n_neighbors=min(neighbours, n_train)).fit(embedding[:n_train])
+    nearest = index.kneighbors(embedding[n_train:], return_distance=False)
+    return float((labels[:n_train][nearest] == labels[n_train:, None]).mean())
+
+
+def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_train: int) -> bytes:
+    """Draw UMAPs side by side: training cells pale, held-out cells on top, types by hue and marker, one legend.
+
+    Args:
+        embeddings: title -> (n, d), the training cells first.
+        labels: (n,) type of each cell.
+        n_train: how many of the n cells trained the methods.
+    """
+    from matplotlib.lines import Line2D
+
+    names, counts = np.unique(labels, return_counts=True)
+    look = {
+        name: (HUES[k % len(HUES)], MARKERS[k // len(HUES) % len(MARKERS)]) for k, name in enumerate(names[np.argsort(-counts)])
+    }
+    held_out = np.arange(len(labels)) >= n_train
+    with _figure(7.2, 3.1 + 0.17 * -(-len(look) // 3), len(embeddings)) as (figure, axes, drawn):
+        for axis, (title, embedding) in zip(axes, embeddings.items(), strict=True):
+            points = umap_of(embedding)
+            for name, (hue, marker) in look.items():
+                of_type = labels == name
+                pale, strong = points[of_type & ~held_out], points[of_type & held_out]
+                axis.scatter(*pale.T, s=7, color=hue, alpha=0.28, marker=marker, lw=0)
+                axis.scatter(*strong.T, s=20, color=hue, marker=marker, lw=0.5, edgecolor="white", zorder=3)
+            agreement = neighbour_agreement(embedding, labels, n_train)
+            axis.set_title(title)
+            axis.set_xlabel(f"neighbours of the same type: {agreement:.0%}", color=INK)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[["left", "bottom"]].set_visible(False)
+            axis.set_box_aspect(0.86)
+        handles = [
+            Line2D([], [], color=hue, marker=marker, ls="", ms=5.5, label=name) for name, (hue, marker) in look.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.6)
+    return drawn.getvalue()
+
+
+def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
+    """Draw confusion matrices side by side, summed over the splits: shade by share of the true type, numbers are cells."""
+    tables = [np.sum([run.scores.confusion for run in comparison.runs_of(name)], axis=0) for name in methods]
+    columns = [*comparison.labels, "other"]
+    # the column of labels outside the list is drawn only where somebody used it
+    if not any(table[:, -1].any() for table in tables):
+        tables, columns = [table[:, :-1] for table in tables], columns[:-1]
+    n = len(comparison.labels)
+    with _figure(7.2, 1.9 + 0.21 * n, len(methods), sharey=True) as (_, axes, drawn):
+        for axis, name, table in zip(axes, methods, tables, strict=True):
+            totals = table.sum(1, keepdims=True)
+            share = np.divide(table, totals, out=np.zeros(table.shape), where=totals > 0)
+            axis.imshow(share, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
+            if n <= 25:
+                for row, column in np.argwhere(table > 0):
+                    colour = "white" if share[row, column] > 0.55 else INK
+                    place = {"ha": "center", "va": "center", "fontsize": 6.5}
+                    axis.text(column, row, f"{table[row, column]}", color=colour, **place)
+            axis.set_title(name)
+            axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+            axis.set_xlabel("predicted")
+            axis.set_xticks(np.arange(-0.5, len(columns)), minor=True)
+            axis.set_yticks(np.arange(-0.5, n), minor=True)
+            axis.grid(which="minor", color="white", lw=1.2)
+            axis.tick_params(which="minor", length=0)
+            axis.spines[:].set_visible(False)
+        axes[0].set_yticks(range(n), comparison.labels)
+        axes[0].set_ylabel("true")
+    return drawn.getvalue()
+
+
+def per_class_f1(comparison: Comparison) -> bytes:
+    """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
+    colours = _colours(comparison)
+    order = np.argsort(comparison.support, kind="stable")
+    names = list(comparison.kinds)
+    with _figure(7.2, 1.1 + 0.36 * len(order)) as (figure, (axis,), drawn):
+        for k, name in enumerate(names):
+            scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
+            y = np.arange(len(order)) + 0.62 * (0.5 - (k + 0.5) / len(names))
+            style = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
+            axis.hlines(y, scores.min(0), scores.max(0), lw=1.6, alpha=0.45, **style)
+            marker = "D" if comparison.kinds[name] == "model" else "o"
+            axis.scatter(scores.mean(0), y, s=24, marker=marker, label=name, lw=0, **style)
+        labels = [f"{comparison.labels[i]}  ({comparison.support[i]:,})" for i in order]
+        axis.set_yticks(range(len(order)), labels)
+        axis.set_yticks(np.arange(0.5, len(order) - 1), minor=True)
+        axis.tick_params(which="minor", length=0)
+        axis.grid(axis="y", which="minor")
+        axis.grid(axis="x")
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_ylim(-0.55, len(order) - 0.45)
+        axis.set_xlabel("F1 on held-out cells")
+        axis.spines["left"].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=4, columnspacing=1.8)
+    return drawn.getvalue()
+
+
+def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
+    """Draw confidence against accuracy, cells of all splits together, the size of a dot by the cells in its bin."""
+    colours = _colours(comparison)
+    with _figure(7.2, 2.9, len(methods), sharey=True) as (_, axes, drawn):
+        for axis, name in zip(axes, methods, strict=True):
+            found = [run.scores.reliability for run in comparison.runs_of(name) if run.scores.reliability is not None]
+            cells = np.sum([one.cells for one in found], axis=0)
+            used = cells > 0
+            confidence, right = (
+                np.sum([getattr(one, value) * one.cells for one in found], axis=0)[used] / cells[used]
+                for value in ("confidence", "accuracy")
+            )
+            axis.plot([0, 1], [0, 1], color=FAINT, lw=0.9, ls=(0, (4, 3)))
+            axis.plot(confidence, right, color=colours[name], lw=1.2, alpha=0.6)
+            axis.scatter(confidence, right, s=12 + 160 * cells[used] / cells.sum(), color=colours[name], lw=0, zorder=3)
+            axis.set_title(name)
+            axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="confidence")
+            axis.grid()
+            axis.set_box_aspect(0.8)
+        axes[0].set_ylabel("share of cells labelled right")
+    return drawn.getvalue()
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a training run logged.
+
+    Attributes:
+        metrics: (step, name, value) rows of its `metrics.csv`, names as `train/loss`, `valid/gep`.
+        baselines: what trivial predictions of the hidden values would cost, by name, on the scale of `valid/gep`.
+    """
+
+    metrics: Sequence[tuple[int, str, float]]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+
+def training_curves(runs: Mapping[str, TrainingLog]) -> bytes:
+    """Draw the losses of training runs, a panel per run: training solid, validation dashed, trivial predictions dotted."""
+    with _figure(7.2, 2.9, len(runs)) as (_, axes, drawn):
+        for axis, (title, log) in zip(axes, runs.items(), strict=True):
+            _draw_losses(axis, log)
+            axis.set_title(title)
+        axes[0].set_ylabel("loss")
+    return drawn.getvalue()
+
+
+def _draw_losses(axis: Axes, log: TrainingLog) -> None:
+    from scfm.objectives import OBJECTIVES
+
+    parts = [name for name in OBJECTIVES if any(logged == f"train/{name}" for _, logged, _ in log.metrics)]
+    # the sum says nothing beyond its only part
+    shown = parts if len(parts) == 1 else ["loss", *parts]
+    for hue, name in zip((INK, *HUES[::2], *HUES[1::2]), shown, strict=False):
+        for side, style in (("train", {"ls": "-"}), ("valid", {"ls": (0, (4, 2)), "marker": "o", "ms": 3})):
+            points = np.array([(step, value) for step, logged, value in log.metrics if logged == f"{side}/{name}"])
+            if len(points):
+                axis.plot(*points.T, color=hue, lw=1.5, label=f"{name}, {TITLE_OF_SIDE[side]}", **style)
+    for name, value in log.baselines.items():
+        axis.axhline(value, color=FAINT, lw=1, ls=":")
+        axis.annotate(f"gep of the {name}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", ha="right", fontsize=7, color=FAINT)
+    axis.set_xlabel("optimizer step")
+    axis.grid(axis="y")
+    axis.legend(fontsize=7.5)
+
+
+def loss_curves(
+    metrics: Sequence[tuple[int, str, float]], path: Path, baselines: Mapping[str, float] | None = None
+) -> None:
+    """Write the loss curves of one run as a PNG file."""
+    path.write_bytes(training_curves({path.stem: TrainingLog(metrics, baselines or {})}))

@@ -1,0 +1,55 @@
+"""`scfm embed` and `scfm predict`: a model over an h5ad file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scfm.errors import ScfmError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scfm.pretrained import PretrainedModel
+
+
+def embed(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) -> None:
+    """Write the cell embedding into `.obsm["X_scfm"]`, and where it came from into `.uns["scfm"]`.
+
+    Args:
+        file: h5ad file with raw counts.
+        model: Model directory.
+        out: h5ad file to write; must not exist.
+        tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
+    """
+    over_file(file, model, out, lambda loaded, adata: loaded.embed(adata, tokens_per_pack=tokens_per_pack))
+
+
+def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) -> None:
+    """Write predicted labels into `.obs`, all probabilities into `.obsm`, and where they came from into `.uns["scfm"]`.
+
+    Args:
+        file: h5ad file with raw counts.
+        model: Model directory with a head that predicts labels.
+        out: h5ad file to write; must not exist.
+        tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
+    """
+    over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, tokens_per_pack=tokens_per_pack))
+
+
+def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> None:
+    """Read, work, and write under a temporary name before renaming."""
+    from scfm.data.sources import read_anndata
+    from scfm.pretrained import load
+
+    target = Path(out)
+    if target.exists():
+        raise ScfmError(f"{target}: exists already and is left as it is; choose another --out")
+    adata = read_anndata(Path(file))
+    result = work(load(model), adata)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    result.write_h5ad(partial)
+    partial.rename(target)
+    print(f"{result.n_obs:,} cells: {target}")

@@ -1,0 +1,179 @@
+"""The Python door: a trained model that takes AnnData and gives AnnData."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from scfm.checkpoints.native import ModelFiles, load_model, save_model
+from scfm.data.batch import PackedBatch
+from scfm.data.hashing import profile_hashes
+from scfm.data.loader import PackLoader
+from scfm.data.order import CellOrder
+from scfm.data.sources import store_from_anndata
+from scfm.data.store import CellStore
+from scfm.data.tokens import Tokeniser
+from scfm.errors import ScfmError
+from scfm.model.heads import HeadSpec
+from scfm.version import __version__
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+EMBEDDING = "X_scfm"
+CELLS_PER_BATCH = 256
+
+
+class PretrainedModel:
+    """A network with its vocabulary, tokenisation and labels.
+
+    Args:
+        network: weights in place.
+        files: what gives the numbers a meaning.
+        source: the directory it came from, written into provenance.
+    """
+
+    def __init__(self, network: nn.Module, files: ModelFiles, source: str) -> None:
+        self.network = network.eval()
+        self.files = files
+        self.source = source
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def embed(self, adata: AnnData, *, tokens_per_pack: int = 16384) -> AnnData:
+        """Write the L2-normalised cell embedding into `adata.obsm["X_scfm"]` and return `adata`.
+
+        The same cell gives the same embedding alone, in any batch, order or chunk size; `adata.X` is not touched.
+
+        Args:
+            adata: raw counts in `raw.X`, else `X` (normalised values where the model was trained on such).
+            tokens_per_pack: most tokens in one forward pass; bounds the memory.
+
+        Raises:
+            ScfmError: the values are not what the model expects, or no gene matches its vocabulary.
+        """
+        store = self.store(adata)
+        embeddings = np.empty((store.n_cells, self.files.model.width), np.float32)
+        for pack, output in self.outputs(store, tokens_per_pack):
+            real = pack.real_cells.cpu().numpy()
+            cells = torch.nn.functional.normalize(output.cell.float(), dim=-1).cpu().numpy()  # (N, D)
+            embeddings[pack.cell_id.cpu().numpy()[real]] = cells[real]
+        adata.obsm[EMBEDDING] = embeddings
+        adata.uns["scfm"] = self.provenance(adata, store)
+        return adata
+
+    def predict(self, adata: AnnData, *, tokens_per_pack: int = 16384) -> AnnData:
+        """Write predicted labels and their probabilities, and return `adata`.
+
+        For a head named `annotation`: `.obs["annotation"]`, `.obs["annotation_probability"]`, and all probabilities in
+        `.obsm["annotation_probabilities"]`, columns in the order of `.uns["scfm"]["labels"]["annotation"]`.
+
+        Args:
+            adata: as for `embed`.
+            tokens_per_pack: most tokens in one forward pass.
+
+        Raises:
+            ScfmError: the model has no head that predicts labels.
+        """
+        heads = [head for head in self.files.heads if head.kind == "cls"]
+        if not heads:
+            raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
+        store = self.store(adata)
+        logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
+        for pack, output in self.outputs(store, tokens_per_pack):
+            real = pack.real_cells.cpu().numpy()
+            rows = pack.cell_id.cpu().numpy()[real]
+            for head in heads:
+                logits[head.task][rows] = output.predictions[head.task].float().cpu().numpy()[real]
+        for head in heads:
+            self.write_labels(adata, head, logits[head.task])
+        adata.uns["scfm"] = self.provenance(adata, store)
+        return adata
+
+    @staticmethod
+    def write_labels(adata: AnnData, head: HeadSpec, logits: NDArray[np.float32]) -> None:
+        import pandas as pd
+        from scipy.special import softmax
+
+        assert head.labels is not None
+        probabilities = softmax(logits, axis=1)  # (N, C)
+        codes = probabilities.argmax(axis=1)
+        adata.obs[head.task] = pd.Categorical.from_codes(codes, categories=head.labels)
+        adata.obs[f"{head.task}_probability"] = probabilities.max(axis=1)
+        adata.obsm[f"{head.task}_probabilities"] = probabilities
+
+    def finetune(self, adata: AnnData, task: str = "annotation", **options: Any) -> PretrainedModel:
+        """Return a new model, fine-tuned for a task on labelled cells; this one stays as it is.
+
+        Args:
+            adata: cells with raw counts, and the labels in `.obs`.
+            task: registered task.
+            **options: the task's own, e.g. `label="cell_type"`, `out="runs/annotation"`, and recipe sections as
+                dictionaries, e.g. `trainer={"max_epochs": 5}`.
+        """
+        from scfm.tasks import TASKS
+
+        if task not in TASKS:
+            raise ScfmError(f"task: {task!r} is not known; choose one of {sorted(TASKS)}")
+        return TASKS[task].finetune_anndata(self, adata, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a native model directory. Raises ScfmError where the folder holds anything."""
+        save_model(Path(folder), self.network, self.files)
+
+    def store(self, adata: AnnData) -> CellStore:
+        """Return the cells in the model's vocabulary."""
+        return store_from_anndata(
+            adata, self.files.vocabulary, accept_normalised=self.files.value_kind == "normalised"
+        )
+
+    def outputs(self, store: CellStore, tokens_per_pack: int) -> Iterator[tuple[PackedBatch, Any]]:
+        """Yield packs of all cells in turn, nothing hidden, with the network's outputs for them.
+
+        A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
+        """
+        tokens = replace(self.files.tokens, mask_ratios=(0.0,))
+        keys = np.concatenate(
+            [profile_hashes(b.offsets, b.genes, b.values, self.files.vocabulary.gene_keys) for b in store.blocks]
+        )
+        loader = PackLoader(
+            store,
+            CellOrder(range(store.n_cells), CELLS_PER_BATCH, seed=tokens.seed, shuffle=False),
+            Tokeniser(tokens, self.files.vocabulary, store.value_kind),
+            tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
+            keys=keys,
+        )
+        self.network.to(self.device)
+        for packs in loader.batches(epoch=0):
+            for pack in packs:
+                pack = pack.to(self.device)
+                with torch.inference_mode():
+                    output = self.network(pack)
+                yield pack, output
+
+    def provenance(self, adata: AnnData, store: CellStore) -> dict[str, Any]:
+        """Return what `.uns["scfm"]` says of where the results came from."""
+        present = np.unique(np.concatenate([np.unique(block.genes) for block in store.blocks]))
+        return {
+            "version": __version__,
+            "model": self.source,
+            "vocabulary_hash": self.files.vocabulary.hash,
+            "genes_expressed_and_known": len(present),
+            "genes_in_data": adata.n_vars,
+            "labels": {head.task: list(head.labels) for head in self.files.heads if head.labels},
+        }
+
+
+def load(path: str | Path) -> PretrainedModel:
+    """Return the model of a native model directory, ready to embed, predict or be fine-tuned.
+
+    Raises ScfmError where the directory is not a model, or its weights do not fit.
+    """
+    network, files = load_model(path)
+    return PretrainedModel(network, files, str(path))

@@ -1,0 +1,157 @@
+"""Reading recipes: YAML files, command-line overrides, and the recipes that come with scfm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from scfm.errors import ScfmError
+from scfm.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    Recipe,
+    TaskConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+BUNDLED = Path(__file__).parent / "recipes"
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "trainer": TrainerConfig,
+    "checkpoint": CheckpointConfig,
+    "wandb": WandbConfig,
+}
+
+
+def bundled(name: str) -> Path:
+    """Return the path of a recipe that comes with scfm, e.g. `pretrain/quickstart.yaml`."""
+    path = BUNDLED / name
+    if not path.is_file():
+        there = sorted(str(p.relative_to(BUNDLED)) for p in BUNDLED.rglob("*.yaml"))
+        raise ScfmError(f"recipe {name!r}: does not come with scfm, which has {', '.join(there)}")
+    return path
+
+
+def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, base: Recipe | None = None) -> Recipe:
+    """Return the recipe of a YAML file.
+
+    Args:
+        path: the file; None for the defaults alone.
+        overrides: keys that win over the file's, nested like it.
+        base: what keys default to that neither names.
+
+    Raises:
+        ScfmError: the file cannot be read, or a key is unknown or of the wrong type.
+    """
+    content = merged(read_yaml(path) if path else {}, overrides or {})
+    parser = recipe_parser(base or Recipe())
+    return parsed(parser, lambda: parser.parse_object(content), str(path or "recipe"))
+
+
+def parse_recipe(arguments: Sequence[str], program: str, description: str) -> tuple[Recipe, str | None]:
+    """Return the recipe of a command line, and the checkpoint to resume from.
+
+    A recipe with a `from` key defaults to that model's own shape and tokenisation.
+    """
+    from jsonargparse import ArgumentError
+
+    def parser_on(base: Recipe) -> ArgumentParser:
+        parser = recipe_parser(base, prog=program, description=description)
+        parser.add_argument("--resume", type=str | None, help="`auto`, or a checkpoint of the run, to continue it.")
+        return parser
+
+    def parse(parser: ArgumentParser) -> Namespace:
+        if {"-h", "--help"} & set(arguments):
+            parser.exit_on_error = True
+        return parser.parse_args(list(arguments))
+
+    parser = parser_on(Recipe())
+    try:
+        first = parse(parser)
+        if first["from"]:
+            from scfm.checkpoints.native import read_model
+
+            parser = parser_on(like(read_model(first["from"])))
+        return parsed(parser, lambda: parse(parser), program), first["resume"]
+    except ArgumentError as error:
+        raise ScfmError(f"{program}: {error}") from error
+
+
+def like(files: Any) -> Recipe:
+    """Return the defaults of a recipe that starts from a model: its shape, and how it reads cells."""
+    tokens = {key: value for key, value in asdict(files.tokens).items() if key not in ("seed", "mask_ratios")}
+    return Recipe(model=deepcopy(files.model), data=DataConfig(**tokens))
+
+
+def recipe_parser(base: Recipe, **options: Any) -> ArgumentParser:
+    """Return a parser whose options are the recipe's keys, with `base` as their defaults; unknown keys are errors."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, **options)
+    parser.add_argument("--config", action="config", help="Recipe file (YAML); options after it override its keys.")
+    parser.add_argument("--seed", type=int, default=base.seed, help="Key of every random draw.")
+    parser.add_argument("--out", type=str, default=base.out, help="Run directory.")
+    for section, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, section)
+        parser.set_defaults({f"{section}.{key}": value for key, value in asdict(getattr(base, section)).items()})
+    parser.add_argument("--objectives", type=list[ObjectiveConfig], default=base.objectives, help="Terms of the loss.")
+    parser.add_argument("--from", type=str | None, default=base.from_model, help="Model directory to start from.")
+    parser.add_argument(
+        "--trainable", type=list[str], default=base.trainable, help="Name patterns of the parameters that train."
+    )
+    parser.add_argument("--task", type=TaskConfig | None, default=base.task, help="Task of a fine-tuning run.")
+    return parser
+
+
+def parsed(parser: ArgumentParser, parse: Any, name: str) -> Recipe:
+    """Return the recipe that a parser reads, its errors worded as ours."""
+    from jsonargparse import ArgumentError
+
+    try:
+        values = vars(parser.instantiate_classes(parse()))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ScfmError(f"{name}: {error}") from error
+    return Recipe(
+        seed=values["seed"],
+        out=values["out"],
+        **{section: values[section] for section in SECTIONS},
+        objectives=values["objectives"],
+        from_model=values["from"],
+        trainable=values["trainable"],
+        task=values["task"],
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a recipe file. Raises ScfmError where it is not a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ScfmError(f"{path}: cannot be read as a recipe ({error})") from error
+    if not isinstance(content, dict):
+        raise ScfmError(f"{path}: is not a recipe; a recipe is a mapping of keys such as `data:` and `model:`")
+    return content
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the keys of `over` on top, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result

@@ -1,0 +1,169 @@
+"""Cell-type annotation: a pretrained model, labelled cells, a classifier on the cell embedding."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights
+from scfm.data.hashing import load_hashes, profile_hashes, save_hashes
+from scfm.data.shards import open_shards, read_manifest
+from scfm.data.sources import store_from_anndata
+from scfm.data.store import CellStore
+from scfm.errors import ScfmError
+from scfm.evaluation.splits import stratified_split
+from scfm.objectives import build_objectives
+from scfm.recipe import Recipe, TaskConfig, check
+from scfm.recipe_reader import bundled, like, read_recipe
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scfm.pretrained import PretrainedModel
+
+
+def finetune(recipe: Recipe, resume: str | None = None) -> Path:
+    """Fine-tune `recipe.from_model` on the labelled cells of a shard directory; return the new model directory.
+
+    Raises:
+        ScfmError: the recipe cannot work, the shards have another vocabulary, or a label has too few cells.
+    """
+    check(recipe)
+    if recipe.from_model is None:
+        raise ScfmError("from: is not set; name the model directory to start from (--from MODEL)")
+    if recipe.data.shards is None:
+        raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
+    shards = Path(recipe.data.shards)
+    files = read_model(recipe.from_model)
+    store = open_shards(shards)
+    if store.vocabulary.hash != files.vocabulary.hash:
+        raise ScfmError(
+            f"{shards}: its genes are numbered by another vocabulary than the model's; prepare the cells again with "
+            f"`scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
+        )
+    return run_on(recipe, files, store, {"manifest": read_manifest(shards)}, resume)
+
+
+def finetune_anndata(
+    model: PretrainedModel,
+    adata: AnnData,
+    *,
+    label: str = "cell_type",
+    out: str | Path | None = None,
+    **sections: Any,
+) -> PretrainedModel:
+    """Return a new model, fine-tuned to predict `adata.obs[label]`.
+
+    Args:
+        model: where to start; it must have been loaded from, or saved to, a model directory.
+        adata: labelled cells.
+        label: obs column.
+        out: run directory; a temporary one if not given.
+        **sections: recipe keys over the defaults of `recipes/finetune/annotation.yaml`, e.g. `trainer={"max_epochs": 5}`.
+    """
+    from scfm.pretrained import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**sections, "from": model.source, "out": str(out or Path(folder) / "run")}
+        task = {**given.pop("task", {}), "label": label}
+        recipe = read_recipe(bundled("finetune/annotation.yaml"), {**given, "task": task}, like(model.files))
+        check(recipe)
+        store = store_from_anndata(
+            adata,
+            model.files.vocabulary,
+            accept_normalised=model.files.value_kind == "normalised",
+            obs_columns=[label, *recipe.model.cell_conditions],
+        )
+        return load(run_on(recipe, model.files, store, {}, None))
+
+
+def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:
+    """Fine-tune on the cells of a store, wherever it came from."""
+    from scfm.training.run import Job, fit, indices_of, token_config
+    from scfm.training.rundir import open_run
+
+    task = recipe.task or TaskConfig()
+    if store.value_kind != files.value_kind:
+        raise ScfmError(f"the model was trained on {files.value_kind}, these cells hold {store.value_kind}")
+    labels, names = labels_of(store, task)
+    rows = np.flatnonzero(labels >= 0)
+    counts = np.bincount(labels[rows], minlength=len(names))
+    weights = len(rows) / (len(names) * counts) if task.class_weights == "balanced" else None
+    objectives = build_objectives(
+        recipe.objectives,
+        n_bins=recipe.data.n_bins,
+        labels=names,
+        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+    )
+    run = open_run(recipe, resume)
+    cell_conditions, condition_names = indices_of(store, recipe.model.cell_conditions)
+    new = replace(
+        files,
+        model=recipe.model,
+        tokens=token_config(recipe),
+        heads=list({head.task: head for objective in objectives for head in objective.heads()}.values()),
+        cell_conditions=condition_names,
+        training_data={"stage": "fine-tuning", **origin, "pretraining": files.training_data},
+        cells_hash=save_all_hashes(run.path / "cells.hash", store, rows, files),
+    )
+    torch.manual_seed(recipe.seed)
+    network = new.build()
+    pretrained = read_weights(str(recipe.from_model))
+    shared_heads = {head.task for head in new.heads if head in files.heads}
+    for prefix in ("backbone.", *(f"heads.{task}." for task in shared_heads)):
+        load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
+    train, valid = split_rows(rows, labels, recipe)
+    job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels})
+    return fit(job, run)
+
+
+def labels_of(store: CellStore, task: TaskConfig) -> tuple[NDArray[np.int64], list[str]]:
+    """Return (N,) label codes, -1 where a cell has none, and the label names; ScfmError where a label has too few cells."""
+    if task.label not in store.obs:
+        raise ScfmError(
+            f"task.label: obs column {task.label!r} is not in the data, which carry {sorted(store.obs)}; "
+            f"build the shards with `scfm prepare --obs {task.label}`"
+        )
+    column = store.obs[task.label]
+    codes = np.asarray(column.codes, np.int64)
+    counts = np.bincount(codes[codes >= 0], minlength=len(column.categories))
+    kept = [
+        code
+        for code, name in enumerate(column.categories)
+        if counts[code] and name.strip().lower() not in [value.lower() for value in task.unlabelled]
+    ]
+    if len(kept) < 2:
+        raise ScfmError(f"task.label: obs column {task.label!r} names {len(kept)} label(s); at least 2 are needed")
+    rare = {column.categories[code]: int(counts[code]) for code in kept if counts[code] < task.min_cells}
+    if rare:
+        raise ScfmError(
+            f"task.label: {rare} have fewer than task.min_cells = {task.min_cells} cells; merge or drop these labels"
+        )
+    recode = np.full(len(column.categories) + 1, -1, np.int64)
+    recode[kept] = np.arange(len(kept))
+    return recode[codes], [column.categories[code] for code in kept]
+
+
+def split_rows(
+    rows: NDArray[np.int64], labels: NDArray[np.int64], recipe: Recipe
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return training and validation rows, each label on both sides."""
+    if recipe.data.valid_fraction == 0:
+        return rows, rows[:0]
+    split = stratified_split(labels[rows], recipe.data.valid_fraction, recipe.seed)
+    return rows[split.train], rows[split.test]
+
+
+def save_all_hashes(path: Path, store: CellStore, rows: NDArray[np.int64], files: ModelFiles) -> Path:
+    """Write the hashes of the cells used here and of those that the model had seen before; return the path."""
+    keys = files.vocabulary.gene_keys
+    hashes = np.concatenate([profile_hashes(b.offsets, b.genes, b.values, keys) for b in store.blocks])[rows]
+    before = load_hashes(files.cells_hash) if files.cells_hash is not None else hashes[:0]
+    save_hashes(path, np.concatenate([hashes, before]))
+    return path

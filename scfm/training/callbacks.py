@@ -1,0 +1,185 @@
+"""What a run writes while it goes: metrics.csv, one dense progress line, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from scfm.data.batch import PackedBatch
+from scfm.training.datamodule import CellDataModule
+from scfm.training.module import FoundationModule, Metrics, add
+
+METRICS_HEADER = ["step", "metric", "value"]
+
+
+class MetricsCsv(Logger):
+    """Appends every logged metric to metrics.csv, one row per value: step, metric, value.
+
+    Args:
+        path: the file; kept when a run is resumed.
+        resume_step: rows beyond this step are dropped first, for the resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        super().__init__()
+        self.path = path
+        self.resume_step = resume_step
+        self.started = False
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The resolved recipe is saved as recipe.yaml; nothing is repeated here."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if not self.started:
+            self.start()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            rows = ([step, name, repr(float(value))] for name, value in metrics.items() if name != "epoch")
+            csv.writer(file).writerows(rows)
+
+    def start(self) -> None:
+        """Write the header, and what a resumed run keeps."""
+        kept = [] if self.resume_step is None else read_metrics(self.path)
+        written = self.path.with_suffix(".tmp")
+        with written.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(METRICS_HEADER)
+            writer.writerows(row for row in kept if row[0] <= (self.resume_step or 0))
+        written.replace(self.path)
+        self.started = True
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """Return the rows of a metrics.csv as (step, metric, value); a row cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    return [(int(row[0]), row[1], float(row[2])) for row in rows if len(row) == 3 and row[2]]
+
+
+class Progress(L.Callback):
+    """Prints and logs one line every few steps: step, loss parts, rate, cells/s, tokens/s, data-wait, time left.
+
+    Args:
+        log: text file that receives the same lines.
+        every: optimizer steps between two lines.
+    """
+
+    def __init__(self, log: Path, every: int) -> None:
+        self.log, self.every = log, every
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: Metrics = {}
+        self.steps = self.cells = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.first_step, self.started = trainer.global_step, time.perf_counter()
+        self.total = int(trainer.estimated_stepping_batches)
+        self.waited = 0.0
+        self.reset()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[PackedBatch], batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, FoundationModule)
+        add(self.sums, pl_module.step_metrics)
+        self.steps += 1
+        self.cells += batch[0].total_cells
+        self.tokens += sum(pack.n_tokens for pack in batch) * trainer.world_size
+        if trainer.global_step % self.every == 0 or trainer.global_step >= self.total:
+            self.report(trainer, pl_module)
+
+    def report(self, trainer: L.Trainer, module: FoundationModule) -> None:
+        """Average since the last line, over ranks and steps; the only place that waits for the device."""
+        metrics = {name: float(value) / self.steps for name, value in module.sum_over_ranks(self.sums).items()}
+        seconds = time.perf_counter() - self.since
+        waited = self.data_wait(trainer)
+        speed = {
+            "cells_per_second": self.cells / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "data_wait": max(0.0, waited - self.waited) / seconds,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        self.waited = waited
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{k}": v for k, v in (metrics | speed).items()}, step=trainer.global_step)
+        pace = (time.perf_counter() - self.started) / (trainer.global_step - self.first_step)
+        parts = "  ".join(f"{name} {metrics[name]:.4g}" for name in sorted(metrics, key=lambda n: n != "loss"))
+        self.say(
+            trainer,
+            f"step {trainer.global_step}/{self.total}  {parts}  lr {speed['learning_rate']:.2g}  "
+            f"{speed['cells_per_second']:,.0f} cells/s  {speed['tokens_per_second']:,.0f} tokens/s  "
+            f"wait {speed['data_wait']:.1%}  eta {clock(pace * (self.total - trainer.global_step))}",
+        )
+        self.reset()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("valid/")}
+        if found and not trainer.sanity_checking:
+            self.say(trainer, f"step {trainer.global_step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+
+    @staticmethod
+    def data_wait(trainer: L.Trainer) -> float:
+        """Seconds that this rank has waited for batches so far."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return data.loader.packs.wait_seconds if isinstance(data, CellDataModule) and data.loader else 0.0
+
+    def say(self, trainer: L.Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            print(line, flush=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def checkpoint_callbacks(folder: Path, every_steps: int, keep: int, *, validates: bool) -> list[L.Callback]:
+    """Return the callbacks that keep the newest checkpoints, and the best by validation loss where there is one."""
+    newest = ModelCheckpoint(
+        folder,
+        filename="step={step:09d}",
+        auto_insert_metric_name=False,
+        monitor="step",
+        mode="max",
+        every_n_train_steps=every_steps,
+        save_top_k=keep,
+        save_on_train_epoch_end=False,
+    )
+    if not validates:
+        return [newest]
+    best = ModelCheckpoint(
+        folder,
+        filename="best",
+        monitor="valid/loss",
+        mode="min",
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    return [newest, best]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint of the latest step in a folder, or None."""
+    return max(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")), default=None)

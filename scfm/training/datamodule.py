@@ -1,0 +1,135 @@
+"""The LightningDataModule: packed global batches of a cell store, in an order that survives a stop.
+
+Lightning loses the state of a loader in two ways (look-ahead batches, and loaders built early by
+`estimated_stepping_batches`), so the state lives here: the epoch and the global batches consumed in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scfm.data.batch import PackedBatch
+from scfm.data.loader import PackLoader
+from scfm.data.order import CellOrder
+from scfm.data.store import CellStore
+from scfm.data.tokens import Tokeniser
+from scfm.errors import ScfmError
+from scfm.recipe import DataConfig
+
+Rows = range | NDArray[np.int64]
+
+
+class CellDataModule(L.LightningDataModule):
+    """Serves this rank's packs of every global batch.
+
+    Args:
+        store: the cells.
+        tokeniser: how a cell becomes tokens.
+        config: the recipe's data section.
+        train_rows: rows of the store to train on.
+        valid_rows: rows held out; may be empty.
+        cell_conditions: name -> (N,) int64 condition index of every row of the store.
+        seed: key of the order.
+    """
+
+    def __init__(
+        self,
+        store: CellStore,
+        tokeniser: Tokeniser,
+        config: DataConfig,
+        train_rows: Rows,
+        valid_rows: Rows,
+        cell_conditions: dict[str, NDArray[np.int64]],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.store, self.tokeniser, self.config = store, tokeniser, config
+        self.train_rows, self.valid_rows = train_rows, valid_rows
+        self.cell_conditions, self.seed = cell_conditions, seed
+        self.resume_epoch, self.resume_batches = -1, 0
+        self.loader: EpochLoader | None = None
+
+    def pack_loader(self, rows: Rows, *, shuffle: bool, rank: int, world_size: int) -> PackLoader:
+        """Return a loader over some rows, as one rank of several sees it."""
+        order = CellOrder(rows, self.config.cells_per_batch, self.seed, shuffle=shuffle)
+        return PackLoader(
+            self.store,
+            order,
+            self.tokeniser,
+            tokens_per_pack=self.config.tokens_per_pack,
+            fill_packs=self.config.fill_packs,
+            cell_conditions=self.cell_conditions,
+            rank=rank,
+            world_size=world_size,
+            threads=self.config.threads,
+            prefetch=self.config.prefetch,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> EpochLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        packs = self.pack_loader(
+            self.train_rows, shuffle=True, rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        self.loader = EpochLoader(packs, self)
+        return self.loader
+
+    def val_dataloader(self) -> EpochLoader | list[Any]:
+        trainer = self.trainer
+        assert trainer is not None
+        if len(self.valid_rows) == 0:
+            return []
+        packs = self.pack_loader(
+            self.valid_rows, shuffle=False, rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        return EpochLoader(packs, None)
+
+    def transfer_batch_to_device(
+        self, batch: list[PackedBatch], device: torch.device, dataloader_idx: int
+    ) -> list[PackedBatch]:
+        return [pack.to(device, non_blocking=True) for pack in batch]
+
+    def state_dict(self) -> dict[str, int]:
+        trainer = self.trainer
+        assert trainer is not None
+        consumed = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {"seed": self.seed, "epoch": trainer.current_epoch, "batches": consumed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        if state_dict["seed"] != self.seed:
+            raise ScfmError(
+                f"seed: the checkpoint was trained with seed {state_dict['seed']}, the recipe says {self.seed}; "
+                "resume with the same seed"
+            )
+        self.resume_epoch, self.resume_batches = state_dict["epoch"], state_dict["batches"]
+
+
+class EpochLoader:
+    """Iterates one epoch at a time; the first epoch after a resume starts where the checkpoint stopped.
+
+    Args:
+        packs: the loader of this rank.
+        module: the data module that knows the epoch and the place to resume from; None replays epoch 0 every time,
+            so that validation always sees the same masks.
+    """
+
+    def __init__(self, packs: PackLoader, module: CellDataModule | None) -> None:
+        self.packs, self.module = packs, module
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        if self.module is None:
+            return self.packs.batches(epoch=0)
+        assert self.module.trainer is not None
+        epoch = self.module.trainer.current_epoch
+        start = self.module.resume_batches if epoch == self.module.resume_epoch else 0
+        return self.packs.batches(epoch=epoch, start=start)

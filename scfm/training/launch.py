@@ -1,0 +1,37 @@
+"""From the recipe's trainer section to a `lightning.Trainer`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from scfm.errors import ScfmError
+from scfm.recipe import Recipe
+
+# Every rank runs the same objectives on every step, so all parameters get a gradient, and no buffer ever differs
+DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False, "find_unused_parameters": False}
+DDP_START = {"ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn", "ddp_notebook": "fork"}
+
+
+def strategy_of(name: str) -> str | Strategy:
+    """Return DDP with the settings that fit these models; other strategies by Lightning's own names."""
+    if name in DDP_START:
+        return DDPStrategy(start_method=DDP_START[name], **DDP)  # type: ignore[arg-type]
+    return name
+
+
+def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
+    """Return the Trainer of a recipe; `objects` are the callbacks, loggers and folders that a recipe cannot hold."""
+    options = {key: value for key, value in asdict(recipe.trainer).items() if value is not None}
+    if options["max_steps"] == -1 and "max_epochs" not in options and "max_time" not in options:
+        raise ScfmError("trainer: says nowhere when to stop; give trainer.max_steps or trainer.max_epochs")
+    devices = torch.cuda.device_count() if options["devices"] == "auto" else options["devices"]
+    several = devices not in (0, 1, "1", [0]) or options["num_nodes"] > 1
+    strategy = "ddp" if options["strategy"] == "auto" and several else options["strategy"]
+    options["strategy"] = strategy_of(strategy)
+    # the loader itself serves each rank its own packs
+    return L.Trainer(**options, **objects, use_distributed_sampler=False, enable_progress_bar=False)

@@ -1,0 +1,195 @@
+"""The LightningModule: losses of a global batch, accumulated over packs and processes exactly.
+
+One `training_step` is one global batch. Its packs run one after another; only the last backward synchronises gradients.
+Every loss is already divided by the global batch's own counts, so that sums over packs and ranks are the global mean,
+whatever the number of packs or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from hashlib import blake2b
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scfm.data.batch import PackedBatch
+from scfm.errors import ScfmError
+from scfm.model.scgpt import ModelOutput
+from scfm.objectives import Objective
+from scfm.recipe import OptimizerConfig
+from scfm.training.optimizers import build_optimizer, build_schedule
+
+Metrics = dict[str, Tensor]
+
+
+class FoundationModule(L.LightningModule):
+    """Trains a network on packed global batches under a weighted sum of objectives.
+
+    Args:
+        network: the model; its `forward(batch)` gives a ModelOutput.
+        objectives: the terms of the loss.
+        optimizer: the recipe's optimizer section.
+        seed: key of the dropout draws.
+    """
+
+    def __init__(
+        self, network: nn.Module, objectives: Sequence[Objective], optimizer: OptimizerConfig, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.objectives = list(objectives)
+        self.optimizer_config = optimizer
+        self.seed = seed
+        self.step_metrics: Metrics = {}
+        self.valid_sums: Metrics = {}
+        self.valid_cells = 0
+
+    def configure_optimizers(self) -> Any:
+        scaled = self.trainer.precision == "16-mixed"
+        optimizer = build_optimizer(self.network, self.optimizer_config, fused=not scaled)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": build_schedule(optimizer, self.optimizer_config, total_steps),
+        }
+
+    def training_step(self, packs: list[PackedBatch], batch_idx: int) -> None:
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad(set_to_none=True)
+        active = [objective for objective in self.objectives if self.global_step >= objective.start_step]
+        metrics, pulls = self.global_losses(packs, active)
+        for index, pack in enumerate(packs):
+            last = index == len(packs) - 1
+            with nullcontext() if last else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                self.seed_dropout(index)
+                output = self.network(pack)
+                loss, pack_metrics = self.pack_losses(pack, output, active)
+                if pulls is not None:
+                    loss = loss + (output.cell * pulls[index]).sum()
+                # DDP averages gradients over the ranks; the losses are shares of a global mean and must be summed
+                self.manual_backward(loss * self.trainer.world_size)
+            add(metrics, pack_metrics)
+        optimizer.step()
+        schedule.step()  # type: ignore[union-attr, call-arg]
+        self.step_metrics = metrics
+
+    def validation_step(self, packs: list[PackedBatch], batch_idx: int) -> None:
+        metrics, _ = self.global_losses(packs, self.objectives)
+        for pack in packs:
+            add(metrics, self.pack_losses(pack, self.network(pack), self.objectives)[1])
+        n_cells = packs[0].total_cells
+        add(self.valid_sums, {name: value * n_cells for name, value in metrics.items()})
+        self.valid_cells += n_cells
+
+    def on_validation_epoch_start(self) -> None:
+        self.valid_sums, self.valid_cells = {}, 0
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.sum_over_ranks(self.valid_sums).items():
+            self.log(f"valid/{name}", value / self.valid_cells, rank_zero_only=False)
+
+    def pack_losses(
+        self, pack: PackedBatch, output: ModelOutput, objectives: Sequence[Objective]
+    ) -> tuple[Tensor, Metrics]:
+        """Return this pack's share of the weighted loss, and its shares of the metrics (detached)."""
+        total, metrics = output.cell.new_zeros(()), {}
+        for objective in objectives:
+            if objective.scope != "pack":
+                continue
+            if objective.needs_second_pass:
+                second = self.network(pack, cell_prompt=output.cell.detach())
+                output.predictions[objective.name] = second.predictions["gep"]
+            loss, details = objective.loss(pack, output)
+            total = total + objective.weight * loss
+            metrics |= {objective.name: loss.detach(), **details}
+        metrics["loss"] = total.detach()
+        return total, metrics
+
+    def global_losses(
+        self, packs: list[PackedBatch], objectives: Sequence[Objective]
+    ) -> tuple[Metrics, list[Tensor] | None]:
+        """Return the losses over all cells of the global batch, and their gradient at each pack's cell embeddings.
+
+        A loss between cells (ECS) does not split over packs and ranks, its gradient at the cell embeddings does: the
+        embeddings are computed once without a graph, gathered, and the gradient is handed to each pack's own backward.
+        Dropout draws the same numbers in both passes.
+        """
+        terms = [objective for objective in objectives if objective.scope == "global"]
+        if not terms:
+            return {}, None
+        with torch.no_grad():
+            cells = []
+            for index, pack in enumerate(packs):
+                self.seed_dropout(index)
+                cells.append(self.network(pack).cell)
+        # autocast caches its casts of the weights; those made without a graph must not serve the pass with one
+        torch.clear_autocast_cache()
+        real = torch.cat([pack.real_cells for pack in packs])
+        with torch.enable_grad():
+            local = torch.cat(cells).float().requires_grad_()  # (N of this rank, D)
+            everyone = gather(local[real])  # (N of the global batch, D)
+            losses = {objective.name: objective.loss(everyone) for objective in terms}
+            weighted = sum(objective.weight * losses[objective.name] for objective in terms)
+        pulls = None
+        if self.training:
+            (gradient,) = torch.autograd.grad(weighted, local)
+            pulls = list(gradient.split([pack.n_cells for pack in packs]))
+        share = 1.0 / self.trainer.world_size
+        metrics = {name: loss.detach() * share for name, loss in losses.items()}
+        return metrics | {"loss": weighted.detach() * share}, pulls
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip here and nowhere else: gradients are summed over packs and ranks, and unscaled, at this point."""
+        if self.optimizer_config.clip > 0:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip)
+
+    def seed_dropout(self, pack: int) -> None:
+        """Key dropout by (seed, step, rank, pack), so that a resumed run draws what an unbroken one would."""
+        if self.training:
+            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}".encode()
+            torch.manual_seed(int.from_bytes(blake2b(key, digest_size=7).digest(), "little"))
+
+    def sum_over_ranks(self, metrics: Metrics) -> Metrics:
+        """Return metrics summed over the ranks, in one all-reduce."""
+        if not metrics or self.trainer.world_size == 1:
+            return metrics
+        names = sorted(metrics)
+        stacked = torch.stack([metrics[name].float() for name in names])
+        dist.all_reduce(stacked)
+        return dict(zip(names, stacked.unbind(), strict=True))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scfm_objectives"] = [objective.name for objective in self.objectives]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved, now = checkpoint.get("scfm_objectives"), [objective.name for objective in self.objectives]
+        if saved != now:
+            raise ScfmError(f"the checkpoint was trained with the objectives {saved}, the recipe names {now}")
+
+
+def add(sums: Metrics, more: Metrics) -> None:
+    """Add metrics to running sums, in place."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def gather(cells: Tensor) -> Tensor:
+    """Return the cells of all ranks, own ones with their graph: (N, D) -> (N over all ranks, D)."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return cells
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=cells.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(cells)], device=cells.device))
+    counts = [int(size) for size in sizes]
+    room = cells.new_zeros(max(counts), cells.shape[1])
+    room[: len(cells)] = cells.detach()
+    rooms = [torch.empty_like(room) for _ in range(world)]
+    dist.all_gather(rooms, room)
+    return torch.cat([cells if r == rank else rooms[r][: counts[r]] for r in range(world)])

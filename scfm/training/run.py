@@ -1,0 +1,220 @@
+"""A training run from a recipe to a model directory: pretraining, and what fine-tuning shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from numpy.typing import NDArray
+from torch import nn
+
+from scfm.baselines.mean_value import mean_value_losses
+from scfm.checkpoints.card import model_card
+from scfm.checkpoints.native import ModelFiles, save_model
+from scfm.data.conditions import read_gene_condition
+from scfm.data.shards import open_shards, read_manifest
+from scfm.data.store import CellStore
+from scfm.data.tokens import TokenConfig, Tokeniser
+from scfm.errors import ScfmError
+from scfm.evaluation.plots import loss_curves
+from scfm.model.attention import pick_backend
+from scfm.objectives import Objective, build_objectives
+from scfm.recipe import Recipe, check
+from scfm.training.callbacks import MetricsCsv, Progress, checkpoint_callbacks, read_metrics
+from scfm.training.datamodule import CellDataModule, Rows
+from scfm.training.launch import build_trainer
+from scfm.training.module import FoundationModule
+from scfm.training.rundir import RunDirectory, open_run
+
+
+@dataclass
+class Job:
+    """What is trained on what.
+
+    Attributes:
+        recipe: the resolved recipe.
+        store: the cells.
+        network: the model to train, weights in place.
+        files: what is written beside the weights.
+        objectives: the terms of the loss.
+        train_rows: rows of the store to train on.
+        valid_rows: rows held out.
+        cell_conditions: name -> (N,) int64 index of every row of the store.
+        gene_tables: name -> (V,) int64 index of every gene.
+    """
+
+    recipe: Recipe
+    store: CellStore
+    network: nn.Module
+    files: ModelFiles
+    objectives: Sequence[Objective]
+    train_rows: Rows
+    valid_rows: Rows
+    cell_conditions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    gene_tables: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+
+def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
+    """Train a model from scratch on a shard directory; return its model directory.
+
+    Args:
+        recipe: the run; `data.shards` names the cells.
+        resume: `auto` or a checkpoint path continues a stopped run bit for bit (CPU, fp32).
+
+    Raises:
+        ScfmError: the recipe cannot work, or the run directory holds something else.
+    """
+    check(recipe)
+    if recipe.from_model:
+        raise ScfmError("from: pretraining starts from scratch; `scfm finetune` starts from a model directory")
+    if recipe.data.shards is None:
+        raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
+    shards = Path(recipe.data.shards)
+    store = open_shards(shards)
+    run = open_run(recipe, resume)
+    objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins)
+    cell_conditions, cell_names = indices_of(store, recipe.model.cell_conditions)
+    gene_tables, gene_names = {}, {}
+    for name, path in recipe.data.gene_conditions.items():
+        gene_tables[name], gene_names[name] = read_gene_condition(Path(path), store.vocabulary)
+    files = ModelFiles(
+        model=recipe.model,
+        tokens=token_config(recipe),
+        value_kind=store.value_kind,
+        vocabulary=store.vocabulary,
+        heads=list({head.task: head for objective in objectives for head in objective.heads()}.values()),
+        cell_conditions=cell_names,
+        gene_conditions=gene_names,
+        training_data={"stage": "pretraining", "manifest": read_manifest(shards)},
+        cells_hash=shards / "cells.hash",
+    )
+    torch.manual_seed(recipe.seed)
+    network = files.build()
+    train_rows, valid_rows = hold_out(store, recipe)
+    job = Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, gene_tables)
+    return fit(job, run)
+
+
+def fit(job: Job, run: RunDirectory) -> Path:
+    """Train a job to the end of its recipe, export the best weights, write plots and the card; return the model directory."""
+    recipe = job.recipe
+    set_trainable(job.network, recipe.trainable)
+    tokeniser = Tokeniser(job.files.tokens, job.store.vocabulary, job.store.value_kind, job.gene_tables)
+    data = CellDataModule(
+        job.store, tokeniser, recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
+    )
+    module = FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed)
+    validates = len(job.valid_rows) > 0
+    checkpoint = recipe.checkpoint
+    saving = checkpoint_callbacks(run.checkpoints, checkpoint.every_steps, checkpoint.keep, validates=validates)
+    progress = Progress(run.log, recipe.trainer.log_every_n_steps)
+    loggers = [MetricsCsv(run.metrics, run.resume_step), *wandb_loggers(recipe, run)]
+    trainer = build_trainer(recipe, callbacks=[*saving, progress], logger=loggers, default_root_dir=run.path)
+    baselines: dict[str, float] = {}
+    if rank_zero_only.rank == 0:
+        progress.say(trainer, opening_line(job, trainer))
+        if validates and any(objective.name == "gep" for objective in job.objectives):
+            baselines = mean_value_losses(data, n_genes=len(job.store.vocabulary))
+    trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
+    if trainer.is_global_zero:
+        export(job, run, baselines, best=saving[-1].best_model_path if validates else "")  # type: ignore[attr-defined]
+        progress.say(trainer, f"model: {run.model}")
+    return run.model
+
+
+def export(job: Job, run: RunDirectory, baselines: dict[str, float], best: str) -> None:
+    """Write the native model directory, the loss curves and the cards."""
+    if best:
+        weights = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
+        job.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
+    metrics = read_metrics(run.metrics)
+    loss_curves(metrics, run.plots / "losses.png", baselines=baselines)
+    job.files.card = model_card(job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters()))
+    run.card.write_text(job.files.card, encoding="utf-8")
+    save_model(run.model, job.network, job.files, replace=True)
+
+
+def opening_line(job: Job, trainer: L.Trainer) -> str:
+    """Say what is about to run: sizes, cells, device, attention backend and why that one."""
+    device = trainer.strategy.root_device
+    parameters = sum(p.numel() for p in job.network.parameters())
+    backend, reason = pick_backend(job.recipe.model.backend, device)
+    return (
+        f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
+        f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "
+        f"{trainer.world_size} x {device.type}, precision {trainer.precision}; attention {backend} ({reason})"
+    )
+
+
+def token_config(recipe: Recipe) -> TokenConfig:
+    """Return the part of the recipe's data section that says how a cell becomes tokens."""
+    data = recipe.data
+    return TokenConfig(
+        genes=data.genes,
+        max_genes=data.max_genes,
+        n_bins=data.n_bins,
+        tie_policy=data.tie_policy,
+        mask_ratios=tuple(data.mask_ratios),
+        cls_value=data.cls_value,
+        mask_value=data.mask_value,
+        seed=recipe.seed,
+    )
+
+
+def hold_out(store: CellStore, recipe: Recipe) -> tuple[Rows, Rows]:
+    """Return training and validation rows.
+
+    Shards are shuffled when they are built, so that the last rows are a fair sample and two ranges say it all.
+    """
+    n_valid = round(store.n_cells * recipe.data.valid_fraction)
+    n_train = store.n_cells - n_valid
+    return range(n_train), range(n_train, store.n_cells)
+
+
+def indices_of(
+    store: CellStore, columns: Sequence[str]
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
+    """Return the codes of obs columns and their category names. Raises ScfmError where one is absent or has gaps."""
+    indices, names = {}, {}
+    for column in columns:
+        if column not in store.obs:
+            raise ScfmError(
+                f"obs column {column!r}: is not in the data, which carry {sorted(store.obs)}; "
+                f"build the shards with `scfm prepare --obs {column}`"
+            )
+        codes = np.asarray(store.obs[column].codes, np.int64)
+        if (codes < 0).any():
+            raise ScfmError(f"obs column {column!r}: {int((codes < 0).sum()):,} cells have no value in it")
+        indices[column], names[column] = codes, list(store.obs[column].categories)
+    return indices, names
+
+
+def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Let only the parameters train whose names match one of the patterns. Raises ScfmError for one that matches none."""
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ScfmError(f"trainable: {pattern!r} matches no parameter; they are named like {names[:3]} ...")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
+    """Return the Weights & Biases logger where the recipe names a project."""
+    config: dict[str, Any] = asdict(recipe.wandb)
+    if not config["project"] or rank_zero_only.rank:
+        return []
+    logger = WandbLogger(
+        project=config["project"], name=config["name"], offline=config["mode"] == "offline", save_dir=run.path
+    )
+    logger.log_hyperparams(recipe.to_dict())
+    return [logger]
