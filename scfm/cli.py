@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from scfm.errors import ScfmError
 from scfm.version import __version__
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 # verb -> (module:function, what it does); the function's signature and docstring are the verb's options and help
 VERBS = {
@@ -17,7 +22,7 @@ VERBS = {
     "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
-    "evaluate": ("scfm.evaluate:evaluate", "score a model on a task, beside its baselines"),
+    "evaluate": ("scfm.evaluation.evaluate:evaluate", "score a model on a task, beside its baselines"),
     "bench": ("scfm.bench:bench", "measure scfm itself"),
 }
 RECIPE_VERBS = ("pretrain", "finetune")
@@ -60,14 +65,39 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         recipe, resume = parse_recipe(arguments, f"scfm {verb}", what)
         function(place)(recipe, resume)
         return
+    action = function(place)
+    parser, first = verb_parser(f"scfm {verb}", what, action)
+    values = vars(parser.parse_args(list(arguments)))
+    action(*([values.pop(first)] if first else []), **values)
+
+
+def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[ArgumentParser, str | None]:
+    """Return a parser made from a function's signature, and the name of its positional argument.
+
+    A first parameter without a default is the positional one (several values where it is a list); all others are options.
+    """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"scfm {verb}", description=what)
-    parser.add_function_arguments(function(place))
-    function(place)(**vars(parser.parse_args(list(arguments))))
+    parser = ArgumentParser(prog=program, description=what)
+    hints = get_type_hints(action)
+    name, parameter = next(iter(signature(action).parameters.items()))
+    first = name if parameter.default is parameter.empty else None
+    if first:
+        several = get_origin(hints[first]) is list
+        kind = get_args(hints[first])[0] if several else hints[first]
+        parser.add_argument(first, type=kind, nargs="+" if several else None, help=described(action).get(first, ""))
+    parser.add_function_arguments(action, skip={first} if first else set(), as_positional=False)
+    return parser, first
 
 
-def function(place: str):  # type: ignore[no-untyped-def]
+def described(action: Callable[..., Any]) -> dict[str, str]:
+    """Return the parameters' descriptions in a function's docstring."""
+    from docstring_parser import parse
+
+    return {parameter.arg_name: parameter.description or "" for parameter in parse(action.__doc__ or "").params}
+
+
+def function(place: str) -> Callable[..., Any]:
     """Import a function by `module:name`, and only then what it needs."""
     module, name = place.split(":")
     return getattr(import_module(module), name)

@@ -40,7 +40,6 @@ def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) ->
 
 def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> None:
     """Read, work, and write under a temporary name before renaming."""
-    from scfm.data.sources import read_anndata
     from scfm.pretrained import load
 
     target = Path(out)
@@ -53,3 +52,13 @@ def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, 
     result.write_h5ad(partial)
     partial.rename(target)
     print(f"{result.n_obs:,} cells: {target}")
+
+
+def read_anndata(path: Path) -> AnnData:
+    """Return the content of an h5ad file. Raises ScfmError where it cannot be read as one."""
+    import anndata
+
+    try:
+        return anndata.read_h5ad(path)
+    except Exception as error:
+        raise ScfmError(f"{path}: cannot be read as h5ad ({type(error).__name__}: {error})") from error

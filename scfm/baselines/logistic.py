@@ -33,7 +33,7 @@ class BalancedLogisticRegression:
         )
 
     def fit(self, adata: anndata.AnnData, label: str, seed: int = 0) -> BalancedLogisticRegression:
-        """Fit on the training cells. Raises ScfmError for unusable values or labels, or labels that are all the same."""
+        """Fit on the training cells. Raises ScfmError for unusable values, or labels that are all alike."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler

@@ -2,7 +2,8 @@
 
 Bin 0 is zero expression. The edges are the quantiles linspace(0, 1, n_bins - 1) of the cell's non-zero values, linearly
 interpolated in float64 exactly as numpy.quantile does; a value falls into the bin that counts the edges at or below it,
-so bins run from 1 to n_bins - 1. Equal edges make ties: a value may fall anywhere above the edges strictly below it.
+so bins run from 1 to n_bins - 1. A value that edges equal is a tie: it may fall into any bin above the edges strictly
+below it.
 Source: Cui et al., "scGPT", Nature Methods 2024, and the released code's `binning`.
 """
 
@@ -30,13 +31,13 @@ def _interpolate(low: float, high: float, weight: float) -> float:
 @njit(nogil=True, cache=True)
 def _place(value: float, edges: NDArray[np.float64]) -> tuple[int, int]:
     """Return the edges strictly below a value, and the edges at or below it."""
-    return np.searchsorted(edges, value, side="left"), np.searchsorted(edges, value, side="right")
+    return int(np.searchsorted(edges, value, side="left")), int(np.searchsorted(edges, value, side="right"))
 
 
 @njit(nogil=True, cache=True)
 def _choose(strictly_below: int, at_or_below: int, spread_ties: bool, stream: int, index: int) -> int:
-    """Return the bin of a value: the highest it may take, or any of those it may take."""
-    if spread_ties:
+    """Return the bin of a value: the highest it may take, or one drawn from all that it may take."""
+    if spread_ties and at_or_below > strictly_below:
         return strictly_below + 1 + below(draw32(stream, index), at_or_below - strictly_below)
     return at_or_below
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -33,16 +34,20 @@ def genes_of(var: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:
     index = _names(pd.Series(var.index))
     ids = [index, *(_names(var[name]) for name in ID_COLUMNS if name in var)]
     symbols = [*(_names(var[name]) for name in SYMBOL_COLUMNS if name in var), index]
-    ensembl: list[str | None] = []
-    symbol: list[str | None] = []
+    ensembl = _first_known([strip_version(n) if n and is_ensembl(n) else None for n in column] for column in ids)
+    symbol = _first_known([n if n and not is_ensembl(n) else None for n in column] for column in symbols)
     for row, name in enumerate(index):
-        spike_in = name is not None and SPIKE_IN.fullmatch(name)
-        known = [value for column in ids if (value := column[row]) and is_ensembl(value)]
-        named = [value for column in symbols if (value := column[row]) and not is_ensembl(value)]
-        ensembl.append(strip_version(known[0]) if known and not spike_in else None)
-        symbol.append(named[0] if named and not spike_in else None)
+        if name and SPIKE_IN.fullmatch(name):
+            ensembl[row] = symbol[row] = None
     return ensembl, symbol
 
 
 def _names(column: pd.Series) -> list[str | None]:
-    return [None if pd.isna(value) else str(value).strip() or None for value in column.tolist()]
+    return [n.strip() or None if isinstance(n, str) else None if pd.isna(n) else str(n) for n in column.tolist()]
+
+
+def _first_known(columns: Iterable[list[str | None]]) -> list[str | None]:
+    first, *others = columns
+    for other in others:
+        first = [name or alternative for name, alternative in zip(first, other, strict=True)]
+    return first

@@ -17,13 +17,14 @@ from scfm.data.order import CellOrder
 from scfm.data.packing import deal
 from scfm.data.store import CellStore
 from scfm.data.tokens import Tokeniser
+from scfm.errors import ScfmError
 
 
 class PackLoader:
     """Delivers this rank's packs of one global batch after another.
 
-    Global batch k of an epoch is a pure function of (order, tokeniser, epoch, k): cells, tokens and denominators are the
-    same at any world size, the ranks only share the packs.
+    Global batch k of an epoch is a pure function of (order, tokeniser, epoch, k): cells, tokens and denominators are
+    the same at any world size, the ranks only share the packs.
 
     Args:
         store: where the cells lie.
@@ -35,7 +36,7 @@ class PackLoader:
         keys: (N,) uint64 key of every store row, on which its random draws depend; None takes the row itself.
         rank, world_size: this process, and how many share a global batch.
         threads: threads that prepare batches.
-        prefetch: global batches prepared ahead, at least 1.
+        prefetch: global batches prepared ahead.
         pin_memory: put batches into page-locked memory.
 
     Attributes:
@@ -63,8 +64,11 @@ class PackLoader:
         self.cell_conditions = dict(cell_conditions or {})
         self.keys = keys
         self.rank, self.world_size = rank, world_size
-        self.threads, self.prefetch, self.pin_memory = threads, max(prefetch, 1), pin_memory
+        self.threads, self.prefetch, self.pin_memory = threads, prefetch, pin_memory
         self.wait_seconds = 0.0
+        for key, number in (("data.threads", threads), ("data.prefetch", prefetch)):
+            if number < 1:
+                raise ScfmError(f"{key}: {number} must be at least 1")
 
     def __len__(self) -> int:
         """Return the global batches of an epoch, the same for every rank."""
@@ -97,56 +101,59 @@ class PackLoader:
         lengths, n_unknown = self.tokeniser.plan(self.store, rows, keys, epoch)
         packs = deal(lengths, self.world_size, self.tokens_per_pack)[self.rank]
 
-        # All packs of this rank are views of the same three arrays, so that one call writes them.
-        sizes = [int(lengths[cells].sum()) for cells in packs]
-        fillers = [self._filler(size) for size in sizes]
-        pack_ends = np.cumsum(np.add(sizes, fillers))
-        genes = np.empty(pack_ends[-1], np.int32)
-        values = np.empty(pack_ends[-1], np.float32)
-        targets = np.empty(pack_ends[-1], np.float32) if self.tokeniser.config.hides else values
-        starts = [
-            end - filler - size + np.cumsum(lengths[cells], dtype=np.int64) - lengths[cells]
-            for end, filler, size, cells in zip(pack_ends, fillers, sizes, packs, strict=True)
-        ]
-        own = np.concatenate(packs)
-        self.tokeniser.fill(
-            self.store, rows[own], keys[own], epoch, np.concatenate(starts), lengths[own], n_unknown[own],
-            genes, values, targets,
-        )  # fmt: skip
+        # The cells of all packs in a row, -1 for a pseudo-cell; every pack is a slice of the arrays over them.
+        rooms = [self._room(int(lengths[pack].sum())) for pack in packs]
+        seats = [np.append(pack, -1) if room else pack for pack, room in zip(packs, rooms, strict=True)]
+        cells = np.concatenate(seats)
+        real = cells >= 0
+        sizes = lengths[cells].astype(np.int64)
+        sizes[~real] = [room for room in rooms if room]
+        ends = np.cumsum(sizes)
+        starts = ends - sizes
 
-        batches = []
-        for cells, size, filler, end in zip(packs, sizes, fillers, pack_ends, strict=True):
-            pack, pseudo = slice(end - filler - size, end), slice(end - filler, end)
-            genes[pseudo], values[pseudo], targets[pseudo] = self.tokeniser.vocabulary.pad, 0, 0
-            room = [filler] if filler else []
-            cell_lengths = np.concatenate([[0], lengths[cells], room])
+        hides = self.tokeniser.config.hides
+        memory = np.empty((3 if hides else 2, ends[-1]), np.int32)
+        genes, values, targets = memory[0], memory[1].view(np.float32), memory[-1].view(np.float32)
+        for pseudo in np.flatnonzero(~real):
+            tokens = slice(starts[pseudo], ends[pseudo])
+            genes[tokens], values[tokens], targets[tokens] = self.tokeniser.vocabulary.pad, 0, 0
+        own = cells[real]
+        self.tokeniser.fill(
+            self.store, rows[own], keys[own], epoch, starts[real], lengths[own], n_unknown[own], genes, values, targets
+        )
+
+        n_known = np.where(real, (lengths - n_unknown)[cells], np.int32(1))
+        cell_id = np.where(real, rows[cells], -1)
+        conditions = {
+            name: np.where(real, codes[rows[cells]], 0).astype(np.int64) for name, codes in self.cell_conditions.items()
+        }
+        batches, first = [], 0
+        for seat in seats:
+            inside = slice(first, first + len(seat))
+            tokens = slice(starts[first], ends[inside.stop - 1])
+            boundaries = np.append(starts[inside], tokens.stop) - tokens.start
             batch = PackedBatch(
-                genes=torch.from_numpy(genes[pack]),
-                values=torch.from_numpy(values[pack]),
-                targets=torch.from_numpy(targets[pack]) if self.tokeniser.config.hides else None,
-                cu_seqlens=torch.from_numpy(np.cumsum(cell_lengths, dtype=np.int32)),
-                n_known=torch.from_numpy(_with_pseudo_cell(lengths[cells] - n_unknown[cells], filler, 1)),
-                cell_id=torch.from_numpy(_with_pseudo_cell(rows[cells], filler, -1)),
-                gene_conditions={
-                    name: torch.from_numpy(codes) for name, codes in self.tokeniser.conditions_of(genes[pack]).items()
-                },
-                cell_conditions={
-                    name: torch.from_numpy(_with_pseudo_cell(codes[rows[cells]].astype(np.int64), filler, 0))
-                    for name, codes in self.cell_conditions.items()
-                },
+                genes=torch.from_numpy(genes[tokens]),
+                values=torch.from_numpy(values[tokens]),
+                targets=torch.from_numpy(targets[tokens]) if hides else None,
+                cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
+                n_known=torch.from_numpy(n_known[inside]),
+                cell_id=torch.from_numpy(cell_id[inside]),
+                gene_conditions=_as_tensors(self.tokeniser.conditions_of(genes[tokens])),
+                cell_conditions=_as_tensors({name: codes[inside] for name, codes in conditions.items()}),
                 total_cells=len(rows),
                 total_unknown=int(n_unknown.sum()),
             )
             batches.append(batch.pin_memory() if self.pin_memory else batch)
+            first = inside.stop
         return batches
 
-    def _filler(self, size: int) -> int:
-        """Return the tokens of the pseudo-cell that a pack of this size gets: a pack is never empty."""
+    def _room(self, tokens: int) -> int:
+        """Return the tokens of a pack's pseudo-cell: what is left, or one where the pack would be empty."""
         if self.fill_packs:
-            return self.tokens_per_pack - size
-        return 0 if size else 1
+            return self.tokens_per_pack - tokens
+        return 0 if tokens else 1
 
 
-def _with_pseudo_cell(of_cells: NDArray, filler: int, of_pseudo_cell: int) -> NDArray:
-    """Append the pseudo-cell's entry, where the pack has one."""
-    return np.append(of_cells, of_cells.dtype.type(of_pseudo_cell)) if filler else of_cells
+def _as_tensors(arrays: Mapping[str, NDArray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -15,9 +15,9 @@ from scfm.errors import ScfmError
 class CellOrder:
     """Global batches of a fixed number of cells; no cell comes twice in an epoch.
 
-    Shuffled, an epoch rotates the rows by a random amount, cuts them into blocks, permutes the blocks, and permutes the
-    cells within windows of blocks; the cells that do not fill a last batch wait for another epoch. Unshuffled, rows come
-    as given and the last batch may be smaller.
+    Shuffled, an epoch rotates the rows by a random amount, cuts them into blocks, permutes the blocks, and permutes
+    the cells within windows of blocks; the cells that do not fill a last batch wait for another epoch. Unshuffled, rows
+    come as given and the last batch may be smaller.
 
     Attributes:
         rows: the store rows to read, a range or (n,) int64.
@@ -38,8 +38,8 @@ class CellOrder:
     def __post_init__(self) -> None:
         if self.shuffle and len(self.rows) < self.cells_per_batch:
             raise ScfmError(
-                f"data.cells_per_batch: {self.cells_per_batch} cells per batch, but only {len(self.rows)} cells to read; "
-                f"set data.cells_per_batch to at most {len(self.rows)}"
+                f"data.cells_per_batch: {self.cells_per_batch} cells per batch, but only {len(self.rows)} cells to "
+                f"read; set data.cells_per_batch to at most {len(self.rows)}"
             )
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class CellOrder:
         return whole if self.shuffle or not rest else whole + 1
 
     def batch(self, epoch: int, k: int) -> NDArray[np.int64]:
-        """Return the store rows of global batch k of an epoch, (cells_per_batch,) int64. Raises IndexError past the end."""
+        """Return the store rows of global batch k of an epoch, (cells_per_batch,) int64; IndexError past the end."""
         if not 0 <= k < len(self):
             raise IndexError(f"batch {k} of an epoch of {len(self)}")
         first = k * self.cells_per_batch
@@ -68,11 +68,16 @@ class CellOrder:
         for w in range(window_of[0], window_of[-1] + 1):
             first, inside = w * cells_per_window, window_of == w
             size = n - first if w == last else cells_per_window
-            slots[inside] = first + permuted(positions[inside] - first, size, stream(self.seed, epoch, w, WINDOWS))
+            slots[inside] = first + permuted(positions[inside] - first, size, self._key(epoch, w, WINDOWS))
 
         n_blocks = n // self.block
-        whole = slots < n_blocks * self.block  # the rows after the last whole block stay there, and the window mixes them
-        blocks = permuted(slots[whole] // self.block, n_blocks, stream(self.seed, epoch, 0, BLOCKS))
+        # the rows after the last whole block keep their place; the last window mixes them with the others
+        whole = slots < n_blocks * self.block
+        blocks = permuted(slots[whole] // self.block, n_blocks, self._key(epoch, 0, BLOCKS))
         slots[whole] = blocks * self.block + slots[whole] % self.block
-        rotation = below(stream(self.seed, epoch, 0, ROTATION) >> 32, n)
+        rotation = below(self._key(epoch, 0, ROTATION) >> 32, n)
         return (slots + rotation) % n
+
+    def _key(self, epoch: int, part: int, purpose: int) -> np.uint64:
+        # numba returns a plain int, and would take a small one for signed
+        return np.uint64(stream(self.seed, epoch, part, purpose))

@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, not on when they are drawn.
 
-Every draw is a pure function of (seed, epoch, key, purpose, index), so tokens and order are the same whatever the batch,
-the number of threads or the number of processes. The mixing function is the finaliser of splitmix64
+Every draw is a pure function of (seed, epoch, key, purpose, index), so tokens and order are the same whatever the
+batch, the number of threads or the number of processes. The mixing function is the finaliser of splitmix64
 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 

@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from scfm.data.expression import Fault, find_faults, joined, to_vocabulary
 from scfm.data.genes import genes_of, with_names_of
-from scfm.data.store import CellStore, ObsColumn, ValueKind
+from scfm.data.store import CellBlock, CellStore, ObsColumn, ValueKind
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 VALUES_PER_BLOCK = 2**22
 VALUES_PER_COLUMN_PASS = 2**24
+PROVENANCE = ("schema_version", "title", "citation", "dataset_id")
+LOG_NORMALISED_BELOW = 25  # log1p of counts per 10,000 ends at 9.2, log2 of counts per million at 20
 
 
 class Source(ABC):
@@ -81,20 +83,31 @@ class Source(ABC):
         """Return the vocabulary id of each column, -1 for unknown genes. Raises ScfmError where no gene is known."""
         matched = vocabulary.match(*self.genes)
         if not (matched >= 0).any():
-            seen = [gene.id for gene in self.gene_list()] or self.var.index.astype(str).tolist()
-            expected = [f"{g.id} ({g.symbol})" if g.symbol else g.id for g in vocabulary.entries[: vocabulary.n_genes]]
+            seen = ", ".join(map(_spelled, self.gene_list()[:5])) or "no names at all"
+            expected = ", ".join(map(_spelled, vocabulary.entries[: min(5, vocabulary.n_genes)]))
             raise ScfmError(
-                f"{self.label}: none of its {len(self.var):,} genes is in the vocabulary. Seen: {_some(seen)}. "
-                f"Expected: {_some(expected)}. Check the organism, and that var holds Ensembl ids or gene symbols"
+                f"{self.label}: none of its {len(self.var):,} genes is in the vocabulary. Seen: {seen} ... "
+                f"Expected: {expected} ... Check the organism, and that var holds Ensembl ids or gene symbols"
             )
         return matched
 
     @cached_property
     def value_kind(self) -> ValueKind:
-        """Counts, or normalised where that is accepted and any value is no count (which takes a pass over all values)."""
+        """Counts, or normalised where that is accepted and any value is no count (a pass over the values tells)."""
         if self.accept_normalised and any(find_faults(block.data) for _, block in self.blocks()):
             return "normalised"
         return "counts"
+
+    def cells(self, gene_of_column: NDArray[np.int32], value_kind: ValueKind) -> Iterator[tuple[int, CellBlock]]:
+        """Yield (first row, cells by vocabulary id) block by block; every row is there, if only as an empty cell.
+
+        Raises ScfmError for values that cannot be used.
+        """
+        for first, block in self.blocks():
+            try:
+                yield first, to_vocabulary(block, gene_of_column, value_kind)
+            except ScfmError as error:
+                raise ScfmError(f"{self.label}: {error}") from error
 
     def blocks(self) -> Iterator[tuple[int, csr_matrix]]:
         """Yield (first row, values of the rows), of about `values_per_block` values, checked.
@@ -134,25 +147,34 @@ class Source(ABC):
         for fault, at in find_faults(block.data).items():
             if self.accept_normalised and fault in (Fault.FRACTION, Fault.TOO_LARGE):
                 continue
-            row = int(np.searchsorted(block.indptr, at, side="right")) - 1
+            row = first + int(np.searchsorted(block.indptr, at, side="right")) - 1
             gene = self.var.index[block.indices[at]]
-            where = f"{self.label}: {self.place} holds {block.data[at]:.4g} for gene {gene} in cell {self.cell_name(first + row)}"
-            largest = block.data.max()
-            layers = f" (layers here: {', '.join(self.layers)})" if self.layers else ""
-            raise ScfmError(
-                {
-                    Fault.NOT_FINITE: f"{where}; expression values must be finite. Mend the file: cells without any "
-                    "count become NaN when they are divided by their total",
-                    Fault.NEGATIVE: f"{where}; negative values mean that the data are scaled (z-scores) or corrected "
-                    f"(they range from {block.data.min():.4g} to {largest:.4g} here). They cannot be used, also not with "
-                    f"--accept-normalised. Put the raw counts into raw.X or X{layers}",
-                    Fault.TOO_LARGE: f"{where}; no raw count is that large",
-                    Fault.FRACTION: f"{where}, but raw counts are whole numbers. The values look "
-                    f"{'log-normalised' if largest < 25 else 'normalised, not log-transformed'} (fractions, the largest "
-                    f"about {largest:.4g}). Put the raw counts into raw.X or X{layers}, or pass --accept-normalised (in "
-                    "Python accept_normalised=True) to use only the order of the genes within a cell",
-                }[fault]
+            held = f"{self.place} holds {block.data[at]:.4g} for gene {gene} in cell {self.cell_name(row)}"
+            raise ScfmError(f"{self.label}: {held}{self._advice(fault, block.data.min(), block.data.max())}")
+
+    def _advice(self, fault: Fault, smallest: float, largest: float) -> str:
+        place = "Put the raw counts into raw.X or X"
+        if self.layers:
+            place += f" (layers here: {', '.join(self.layers)})"
+        if fault is Fault.NOT_FINITE:
+            return "; values must be finite. Cells without any count become NaN when divided by their total: drop them"
+        if fault is Fault.TOO_LARGE:
+            return "; no raw count is that large"
+        if fault is Fault.NEGATIVE:
+            return (
+                f"; negative values mean that the data are scaled (z-scores) or batch-corrected ({smallest:.4g} to "
+                f"{largest:.4g} here). They cannot be used, also not with --accept-normalised. {place}"
             )
+        looks = "log-normalised" if largest < LOG_NORMALISED_BELOW else "normalised, but not log-transformed"
+        return (
+            f", but raw counts are whole numbers. The values look {looks} (fractions, the largest {largest:.4g} here). "
+            f"{place}, or pass --accept-normalised (in Python accept_normalised=True): then only the order of the "
+            "genes within a cell is used"
+        )
+
+
+def _spelled(gene: Gene) -> str:
+    return f"{gene.ensembl} ({gene.symbol})" if gene.ensembl and gene.symbol else gene.id
 
 
 class AnnDataSource(Source):
@@ -301,6 +323,13 @@ class H5adSource(Source):
         with self._readable(f"obs column {name!r}"):
             return pd.Series(read_elem(self._file["obs"][name])) if self._obs is None else self._obs[name]
 
+    def provenance(self) -> dict[str, str]:
+        """Return what `uns` says about the origin, by the names of the CELLxGENE schema."""
+        from anndata.io import read_elem
+
+        uns = self._file.get("uns", {})
+        return {key: str(read_elem(uns[key])) for key in PROVENANCE if key in uns}
+
     def cell_name(self, row: int) -> str:
         name = self._cell_names[row]
         return name.decode() if isinstance(name, bytes) else str(name)
@@ -336,12 +365,10 @@ def store_from_anndata(
     absent = [name for name in obs_columns if name not in source.obs_names]
     if absent:
         raise ScfmError(f"{source.label} has no obs column {', '.join(absent)}; it has {', '.join(source.obs_names)}")
-    gene_of_column = source.gene_of_column(vocabulary)
-    value_kind = source.value_kind
-    parts = [to_vocabulary(block, gene_of_column, value_kind) for _, block in source.blocks()]
+    parts = [block for _, block in source.cells(source.gene_of_column(vocabulary), source.value_kind)]
     return CellStore(
         vocabulary=vocabulary,
-        value_kind=value_kind,
+        value_kind=source.value_kind,
         blocks=[joined(parts)] if parts else [],
         obs={name: column for name in obs_columns if (column := source.obs(name)) is not None},
         cell_names=adata.obs_names.to_numpy(),

@@ -109,7 +109,8 @@ class Tokeniser:
         """
         config = self.config
         bin_rows = bin_counts if self.value_kind == "counts" else bin_reals
-        tie_streams, choice_streams = _streams(keys, config.seed, epoch, TIES), _streams(keys, config.seed, epoch, CHOICE)
+        tie_streams = _streams(keys, config.seed, epoch, TIES)
+        choice_streams = _streams(keys, config.seed, epoch, CHOICE)
         specials = (self.vocabulary.n_genes, self.vocabulary.cls, config.cls_value, config.mask_value)
         write = _write_all if config.genes == "all" else _write_expressed
         for block, cells, places in _by_block(store, rows):
@@ -117,9 +118,7 @@ class Tokeniser:
             bin_starts = np.cumsum(sizes, dtype=np.int64) - sizes
             bins = np.empty(sizes.sum(), np.uint16)
             spread = config.tie_policy == "random"
-            bin_rows(
-                block.offsets, block.values, places, self._quantiles, spread, tie_streams[cells], bin_starts, bins
-            )
+            bin_rows(block.offsets, block.values, places, self._quantiles, spread, tie_streams[cells], bin_starts, bins)
             plans = (starts[cells], lengths[cells], n_unknown[cells], choice_streams[cells])
             write(block.offsets, block.genes, places, bin_starts, bins, plans, specials, genes, values, targets)
 
@@ -165,15 +164,15 @@ def _split(
 ) -> None:
     """Draw which of n genes are known and which unknown, and list their places, ascending, in `first` and `second`.
 
-    One pass decides each gene by the room that is left, so that the numbers come out exactly (selection sampling: Knuth,
-    The Art of Computer Programming, 3.4.2, algorithm S). Every gene is written to both lists and stays only where its
-    list moves on, because a branch would be mispredicted half the time; hence each list needs one element of slack.
+    One pass decides each gene by the room that is left, so that the numbers come out exactly (selection sampling:
+    Knuth, The Art of Computer Programming, 3.4.2, algorithm S). Every gene is written to both lists and stays only
+    where its list moves on, because a branch would be mispredicted half the time; so a list needs one element of slack.
     """
     room_known, room = known, known + unknown
     at_known, at_unknown = 0, 0
     for t in range(n):
         chance = below(draw32(choice_stream, t), n - t)
-        is_known, is_kept = np.int64(chance < room_known), np.int64(chance < room)
+        is_known, is_kept = int(chance < room_known), int(chance < room)
         first[at_known], second[at_unknown] = t, t
         room_known -= is_known
         room -= is_kept

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Gene:
 
 def is_ensembl(name: str) -> bool:
     """Say whether a name has the form of an Ensembl id, with or without version."""
-    return ENSEMBL_ID.fullmatch(name) is not None
+    return name.startswith("ENS") and ENSEMBL_ID.fullmatch(name) is not None
 
 
 def strip_version(name: str) -> str:
@@ -192,7 +192,7 @@ class Vocabulary:
             raise ScfmError(f"{path}: {error}") from error
 
     def _plain(self) -> list[dict[str, str | None]]:
-        return [asdict(gene) for gene in self.entries]
+        return [{"id": gene.id, "ensembl": gene.ensembl, "symbol": gene.symbol} for gene in self.entries]
 
 
 def _is_entry(entry: Any) -> bool:

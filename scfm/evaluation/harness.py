@@ -58,11 +58,11 @@ class Embeds(Protocol):
 
 @runtime_checkable
 class Pretrained(Protocol):
-    """A method that knows which cells it was pretrained on."""
+    """A method that brings along what it saw before it was fitted here."""
 
     @property
-    def training_hashes(self) -> NDArray[np.uint64]:
-        """The sorted profile hashes of the pretraining cells (`cells.hash`)."""
+    def training_hashes(self) -> NDArray[np.uint64] | None:
+        """The sorted profile hashes of all training cells (`cells.hash`), or None where they are not known."""
         ...
 
 
@@ -72,7 +72,7 @@ class Run:
 
     Attributes:
         predicted: (n_test,) labels, in the order of `split.test`.
-        leakage: held-out cells among the pretraining cells; None where the method does not say what it was trained on.
+        leakage: held-out cells among the training cells, pretraining included; None where those are not known.
         seconds_fit, seconds_predict: wall time.
     """
 
@@ -147,6 +147,10 @@ class Comparison:
         values = np.array([run.scores.values[metric] for run in self.runs_of(method)])
         return Summary(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, len(values))
 
+    def mean_seconds(self, method: str) -> float:
+        """Return the wall time to fit and predict, averaged over the splits."""
+        return float(np.mean([run.seconds_fit + run.seconds_predict for run in self.runs_of(method)]))
+
     def best(self, kind: Kind, metric: str) -> str | None:
         """Return the model or baseline with the best mean score, or None where there is none of that kind."""
         sign = 1 if METRICS[metric].higher_is_better else -1
@@ -204,7 +208,7 @@ def compare(
         cell_hashes: (N,) profile hash of each row of `adata`; with them overlap with the training cells is counted.
 
     Raises ScfmError for an unknown task, no split, two methods of one name, missing labels, or a method that knows its
-    pretraining cells while `cell_hashes` is absent.
+    training cells while `cell_hashes` is absent.
     """
     if task not in OBLIGATORY:
         raise ScfmError(f"no task {task!r}; there is {', '.join(OBLIGATORY)}")
@@ -236,10 +240,10 @@ def compare(
             predicted, probabilities = method.predict(test)
             finished = time.perf_counter()
             leakage = None
-            if isinstance(method, Pretrained):
+            if isinstance(method, Pretrained) and (known := method.training_hashes) is not None:
                 if cell_hashes is None:
-                    raise ScfmError(f"{method.name} knows its pretraining cells: pass cell_hashes to check for leakage")
-                leakage = count_leakage(cell_hashes[split.test], method.training_hashes)
+                    raise ScfmError(f"{method.name} knows its training cells: pass cell_hashes to check for leakage")
+                leakage = count_leakage(cell_hashes[split.test], known)
             aligned = _aligned(probabilities, method.classes, listed, method.name, len(split.test))
             predicted = np.asarray(predicted, dtype=str)
             scores = classification_scores(truth[split.test], predicted, listed, aligned)

@@ -27,10 +27,10 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("accuracy", "share of held-out cells with the right label"),
     "macro_f1": Metric(
         "macro-F1", "unweighted mean of F1 over the fixed label list; F1 of a type never predicted is 0"
     ),
+    "accuracy": Metric("accuracy", "share of held-out cells with the right label"),
     "macro_precision": Metric(
         "macro precision", "unweighted mean over the fixed label list; never predicted counts as 0"
     ),
@@ -38,7 +38,8 @@ METRICS: dict[str, Metric] = {
     "auroc": Metric("AUROC", "one type against the rest, unweighted mean over the types that have held-out cells"),
     "calibration_error": Metric(
         "calibration error",
-        f"expected calibration error of the top probability, {CALIBRATION_BINS} equal-width bins",
+        f"expected calibration error of the top probability, {CALIBRATION_BINS} equal-width bins; a method that always "
+        "gives the class frequencies is well calibrated and useless, so read it beside accuracy",
         higher_is_better=False,
     ),
 }

@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison
 
 INK, FAINT, RULE = "#1d2433", "#6b7280", "#d9dde3"
-TITLE_OF_SIDE = {"train": "training", "valid": "validation"}
+PREFIX = {"training": "train", "validation": "valid"}
+LINE_OF_SIDE: dict[str, dict[str, Any]] = {
+    "training": {"ls": "-"},
+    "validation": {"ls": (0, (4, 2)), "marker": "o", "ms": 3},
+}
 # Paul Tol's muted scheme: nine hues that stay apart for all common kinds of colour blindness
 HUES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
 MARKERS = "os^DvP"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -55,15 +59,18 @@ STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, list[Axes], io.BytesIO]]:
+def _figure(
+    width: float, height: float, columns: int = 1, **options: Any
+) -> Iterator[tuple[Figure, list[Axes], io.BytesIO]]:
     """Open a figure in scfm's style, outside of pyplot's global state; on leaving, it is drawn into the buffer."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     drawn = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.05))
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, columns, squeeze=False, **options)[0].tolist()
         yield figure, axes, drawn
@@ -131,7 +138,8 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
 
     names, counts = np.unique(labels, return_counts=True)
     look = {
-        name: (HUES[k % len(HUES)], MARKERS[k // len(HUES) % len(MARKERS)]) for k, name in enumerate(names[np.argsort(-counts)])
+        name: (HUES[k % len(HUES)], MARKERS[k // len(HUES) % len(MARKERS)])
+        for k, name in enumerate(names[np.argsort(-counts)])
     }
     held_out = np.arange(len(labels)) >= n_train
     with _figure(7.2, 3.1 + 0.17 * -(-len(look) // 3), len(embeddings)) as (figure, axes, drawn):
@@ -140,8 +148,10 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
             for name, (hue, marker) in look.items():
                 of_type = labels == name
                 pale, strong = points[of_type & ~held_out], points[of_type & held_out]
-                axis.scatter(*pale.T, s=7, color=hue, alpha=0.28, marker=marker, lw=0)
-                axis.scatter(*strong.T, s=20, color=hue, marker=marker, lw=0.5, edgecolor="white", zorder=3)
+                axis.scatter(pale[:, 0], pale[:, 1], s=7, color=hue, alpha=0.28, marker=marker, lw=0)
+                axis.scatter(
+                    strong[:, 0], strong[:, 1], s=20, color=hue, marker=marker, lw=0.5, edgecolor="white", zorder=3
+                )
             agreement = neighbour_agreement(embedding, labels, n_train)
             axis.set_title(title)
             axis.set_xlabel(f"neighbours of the same type: {agreement:.0%}", color=INK)
@@ -156,32 +166,36 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
 
 
 def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
-    """Draw confusion matrices side by side, summed over the splits: shade by share of the true type, numbers are cells."""
+    """Draw confusion matrices side by side, summed over splits: shade by share of the true type, numbers are cells."""
     tables = [np.sum([run.scores.confusion for run in comparison.runs_of(name)], axis=0) for name in methods]
     columns = [*comparison.labels, "other"]
     # the column of labels outside the list is drawn only where somebody used it
     if not any(table[:, -1].any() for table in tables):
         tables, columns = [table[:, :-1] for table in tables], columns[:-1]
-    n = len(comparison.labels)
-    with _figure(7.2, 1.9 + 0.21 * n, len(methods), sharey=True) as (_, axes, drawn):
+    order = np.argsort([-cells for cells in comparison.support], kind="stable")
+    n = len(order)
+    listed = [*order, *range(n, len(columns))]
+    columns = [columns[k] for k in listed]
+    with _figure(7.2, 1.6 + 0.22 * n, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name, table in zip(axes, methods, tables, strict=True):
+            table = table[np.ix_(order, listed)]
             totals = table.sum(1, keepdims=True)
             share = np.divide(table, totals, out=np.zeros(table.shape), where=totals > 0)
             axis.imshow(share, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
             if n <= 25:
                 for row, column in np.argwhere(table > 0):
                     colour = "white" if share[row, column] > 0.55 else INK
-                    place = {"ha": "center", "va": "center", "fontsize": 6.5}
+                    place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5}
                     axis.text(column, row, f"{table[row, column]}", color=colour, **place)
             axis.set_title(name)
-            axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+            axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7.5)
             axis.set_xlabel("predicted")
             axis.set_xticks(np.arange(-0.5, len(columns)), minor=True)
             axis.set_yticks(np.arange(-0.5, n), minor=True)
             axis.grid(which="minor", color="white", lw=1.2)
             axis.tick_params(which="minor", length=0)
             axis.spines[:].set_visible(False)
-        axes[0].set_yticks(range(n), comparison.labels)
+        axes[0].set_yticks(range(n), columns[:n], fontsize=7.5)
         axes[0].set_ylabel("true")
     return drawn.getvalue()
 
@@ -195,7 +209,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
         for k, name in enumerate(names):
             scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
             y = np.arange(len(order)) + 0.62 * (0.5 - (k + 0.5) / len(names))
-            style = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
+            style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
             axis.hlines(y, scores.min(0), scores.max(0), lw=1.6, alpha=0.45, **style)
             marker = "D" if comparison.kinds[name] == "model" else "o"
             axis.scatter(scores.mean(0), y, s=24, marker=marker, label=name, lw=0, **style)
@@ -250,8 +264,8 @@ class TrainingLog:
 
 
 def training_curves(runs: Mapping[str, TrainingLog]) -> bytes:
-    """Draw the losses of training runs, a panel per run: training solid, validation dashed, trivial predictions dotted."""
-    with _figure(7.2, 2.9, len(runs)) as (_, axes, drawn):
+    """Draw the losses of runs, a panel each: training solid, validation dashed, trivial predictions dotted."""
+    with _figure(7.2, 3.3, len(runs)) as (_, axes, drawn):
         for axis, (title, log) in zip(axes, runs.items(), strict=True):
             _draw_losses(axis, log)
             axis.set_title(title)
@@ -263,20 +277,22 @@ def _draw_losses(axis: Axes, log: TrainingLog) -> None:
     from scfm.objectives import OBJECTIVES
 
     parts = [name for name in OBJECTIVES if any(logged == f"train/{name}" for _, logged, _ in log.metrics)]
-    # the sum says nothing beyond its only part
-    shown = parts if len(parts) == 1 else ["loss", *parts]
-    for hue, name in zip((INK, *HUES[::2], *HUES[1::2]), shown, strict=False):
-        for side, style in (("train", {"ls": "-"}), ("valid", {"ls": (0, (4, 2)), "marker": "o", "ms": 3})):
-            points = np.array([(step, value) for step, logged, value in log.metrics if logged == f"{side}/{name}"])
+    # the parts say more than their weighted sum
+    shown = parts or ["loss"]
+    for hue, name in zip((*HUES[::2], *HUES[1::2]), shown, strict=False):
+        for side, style in LINE_OF_SIDE.items():
+            points = np.array(
+                [(step, value) for step, logged, value in log.metrics if logged == f"{PREFIX[side]}/{name}"]
+            )
             if len(points):
-                axis.plot(*points.T, color=hue, lw=1.5, label=f"{name}, {TITLE_OF_SIDE[side]}", **style)
+                axis.plot(*points.T, color=hue, lw=1.5, label=f"{name}, {side}", **style)
     for name, value in log.baselines.items():
         axis.axhline(value, color=FAINT, lw=1, ls=":")
-        axis.annotate(f"gep of the {name}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                      textcoords="offset points", ha="right", fontsize=7, color=FAINT)
+        place = axis.get_yaxis_transform()  # x in shares of the panel, y in losses
+        axis.text(1, value, f"gep of the {name}", transform=place, ha="right", va="bottom", fontsize=7.5, color=FAINT)
     axis.set_xlabel("optimizer step")
     axis.grid(axis="y")
-    axis.legend(fontsize=7.5)
+    axis.legend(fontsize=7.5, ncols=min(len(shown), 3), loc="upper left", bbox_to_anchor=(-0.02, -0.2))
 
 
 def loss_curves(

@@ -44,7 +44,7 @@ class Split:
         return hashlib.sha256(json.dumps(sides, sort_keys=True).encode()).hexdigest()
 
 
-def stratified_split(labels: NDArray[np.str_], test_fraction: float = 0.2, seed: int = 0) -> Split:
+def stratified_split(labels: NDArray, test_fraction: float = 0.2, seed: int = 0) -> Split:
     """Hold out `test_fraction` of every class: of a class with two cells or more at least one is on either side.
 
     A class with a single cell stays in training. Raises ScfmError for a fraction outside (0, 1) or one class.

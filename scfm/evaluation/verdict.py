@@ -37,9 +37,9 @@ class Difference:
         else:
             ahead, behind = self.model, self.baseline
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
-        span = f"95 % interval {signed(low)} to {signed(high)}"
         if self.outcome != "undecided":
-            return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} ({span})."
+            return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} (95% interval {low:.3f} to {high:.3f})."
+        span = f"95% interval {signed(low)} to {signed(high)}"
         if by < 5e-4:
             return f"{capitalised(ahead)} and {behind} score the same on {title} ({span})."
         return (
@@ -91,19 +91,24 @@ def differences(comparison: Comparison) -> list[Difference]:
     ]
 
 
+def leakage_in_words(comparison: Comparison, model: str) -> str:
+    """Say how many held-out cells a model was trained on, in its worst split."""
+    runs = comparison.runs_of(model)
+    counted = [run.leakage for run in runs if run.leakage is not None]
+    if len(counted) < len(runs):
+        return f"{capitalised(model)} does not say which cells it was trained on: leakage is not ruled out."
+    worst = max(counted, key=lambda one: one.seen / one.cells)
+    if worst.seen:
+        return f"{capitalised(model)} was trained on held-out cells: {worst}. Its scores are not held-out scores."
+    return f"No held-out cell was among those that {model} was trained on, pretraining included."
+
+
 def caveats(comparison: Comparison) -> list[str]:
     """Return what a reader must know before believing the scores: seeds, leakage, duplicates, types left out."""
     said = []
     if len(comparison.splits) == 1:
         said.append("One seed only: the scores have no spread, and a difference may be luck of the seed.")
-    for model in comparison.names("model"):
-        seen = [run.leakage for run in comparison.runs_of(model) if run.leakage is not None]
-        if not seen:
-            said.append(f"{capitalised(model)} does not say which cells it was trained on: leakage is not ruled out.")
-        elif worst := max((one for one in seen if one.seen), key=lambda one: one.seen / one.cells, default=None):
-            said.append(
-                f"{capitalised(model)} was pretrained on test cells: {worst}. Its scores are not held-out scores."
-            )
+    said += [leakage_in_words(comparison, model) for model in comparison.names("model")]
     if comparison.duplicates is not None and any(one.seen for one in comparison.duplicates):
         worst = max(comparison.duplicates, key=lambda one: one.seen)
         said.append(f"Training and held-out cells share identical profiles: {worst}.")

@@ -1,4 +1,4 @@
-"""Models: what turns a pack of cells into token and cell embeddings and predictions. Knows nothing of files or training."""
+"""Models: from a pack of cells to token and cell embeddings and predictions; no files, no training, no devices here."""
 
 from __future__ import annotations
 

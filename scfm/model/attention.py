@@ -28,6 +28,7 @@ from torch import Tensor
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
+from scfm.model import onednn
 
 Mode = Literal["generative", "full"]
 aten = torch.ops.aten
@@ -46,6 +47,11 @@ class Run:
     def stop(self) -> int:
         return self.start + self.cells * self.length
 
+    @property
+    def long(self) -> bool:
+        """Whether the products are large enough to be worth a call each."""
+        return self.length >= 192 and self.keys >= 96
+
     def heads_first(self, x: Tensor) -> Tensor:
         """View the run's rows of a packed tensor, (T, H, ...) -> (cells, H, length, ...)."""
         return x[self.start : self.stop].unflatten(0, (self.cells, self.length)).transpose(1, 2)
@@ -58,19 +64,17 @@ class AttentionLayout:
     Attributes:
         cu_seqlens: (N + 1,) cell boundaries.
         n_keys: (N,) leading tokens of each cell that all its tokens see.
-        self_key: whether the other tokens also see themselves (generative), or there are none (full).
     """
 
     cu_seqlens: Tensor
     n_keys: Tensor
-    self_key: bool
 
     @classmethod
     def of(cls, batch: PackedBatch, mode: Mode) -> AttentionLayout:
         """Build the layout of a pack."""
         if mode == "full":
-            return cls(batch.cu_seqlens, batch.cu_seqlens.diff(), self_key=False)
-        return cls(batch.cu_seqlens, batch.n_known, self_key=True)
+            return cls(batch.cu_seqlens, batch.cu_seqlens.diff())
+        return cls(batch.cu_seqlens, batch.n_known)
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -98,29 +102,30 @@ class AttentionLayout:
 
 
 class _FlashCPU(torch.autograd.Function):
-    """torch's CPU flash kernels on the visible keys, merged with each unknown gene's self key."""
+    """A CPU kernel's attention over the visible keys, merged with each unknown gene's self key."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
-        q_T, k_T, v_T = qkv.unbind(1)
-        out = qkv.new_empty(q_T.shape)  # (T, H, d)
         exact = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        lse = qkv.new_empty(q_T.shape[:2], dtype=exact)  # (T, H)
-        p_self = torch.empty_like(lse) if layout.self_key else None
+        out = qkv.new_empty(len(qkv), *qkv.shape[2:])  # (T, H, d)
+        lse = qkv.new_empty(out.shape[:2], dtype=exact)  # (T, H)
+        p_self = torch.zeros_like(lse)
         for run in layout.runs:
-            q, k, v = (run.heads_first(x) for x in (q_T, k_T, v_T))  # (cells, H, length, d)
-            m = run.keys
-            o, known_lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k[:, :, :m], v[:, :, :m], scale=scale)
+            q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
+            o, total, m = run.heads_first(out), run.heads_first(lse), run.keys
+            if run.long and onednn.usable(qkv):
+                onednn.attention_forward(q, k[:, :, :m], v[:, :, :m], scale, o, total)
+            else:
+                flash = aten._scaled_dot_product_flash_attention_for_cpu
+                for mine, theirs in zip((o, total), flash(q, k[:, :, :m], v[:, :, :m], scale=scale), strict=True):
+                    mine.copy_(theirs)
             if m < run.length:
+                o, total, p = o[:, :, m:], total[:, :, m:], run.heads_first(p_self)[:, :, m:]
                 s = (q[:, :, m:].to(exact) * k[:, :, m:]).sum(-1).mul_(scale)  # (cells, H, unknown)
-                total = torch.logaddexp(known_lse[:, :, m:], s)
-                p = s.sub_(total).exp_()
-                o[:, :, m:] *= (known_lse[:, :, m:] - total).exp_().unsqueeze(-1)
-                o[:, :, m:] += p.unsqueeze(-1) * v[:, :, m:]
-                known_lse[:, :, m:] = total
-                run.heads_first(p_self)[:, :, m:] = p
-            run.heads_first(out).copy_(o)
-            run.heads_first(lse).copy_(known_lse)
+                known = total.clone()
+                torch.logaddexp(known, s, out=total)
+                p.copy_(s.sub_(total).exp_())
+                o.mul_(known.sub_(total).exp_().unsqueeze(-1)).add_(p.unsqueeze(-1) * v[:, :, m:])
         ctx.save_for_backward(qkv, out, lse, p_self)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -128,23 +133,24 @@ class _FlashCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         qkv, out, lse, p_self = ctx.saved_tensors
-        d_out = grads[0].contiguous()
-        d_qkv = torch.empty_like(qkv)
-        for run in ctx.layout.runs:
+        layout, scale, d_out, d_qkv = ctx.layout, ctx.scale, grads[0].contiguous(), torch.empty_like(qkv)
+        for run in layout.runs:
             q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
             dq, dk, dv = (run.heads_first(x) for x in d_qkv.unbind(1))
-            do, o, m = run.heads_first(d_out), run.heads_first(out), run.keys
-            known = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k[:, :, :m], v[:, :, :m], o, run.heads_first(lse), 0.0, False, scale=ctx.scale
-            )
-            dq.copy_(known[0])
-            dk[:, :, :m] = known[1]
-            dv[:, :, :m] = known[2]
+            do, o, p, m = run.heads_first(d_out), run.heads_first(out), run.heads_first(p_self), run.keys
+            visible, d_visible = (k[:, :, :m], v[:, :, :m]), (dq, dk[:, :, :m], dv[:, :, :m])
+            if run.long and onednn.usable(qkv):
+                onednn.attention_backward(do, q, *visible, o, 1 - p, scale, d_visible)
+            else:
+                flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+                theirs = flash(do, q, *visible, o, run.heads_first(lse), 0.0, False, scale=scale)
+                for mine, their in zip(d_visible, theirs, strict=True):
+                    mine.copy_(their)
             if m < run.length:
                 q, k, v, do, o = (x[:, :, m:] for x in (q, k, v, do, o))
-                p = run.heads_first(p_self)[:, :, m:].unsqueeze(-1)  # (cells, H, unknown, 1)
+                p = p[:, :, m:].unsqueeze(-1)  # (cells, H, unknown, 1)
                 do = do.to(p.dtype)
-                ds = (do * v - do * o).sum(-1, keepdim=True) * p * ctx.scale
+                ds = (do * v - do * o).sum(-1, keepdim=True) * p * scale
                 dq[:, :, m:] += ds * k
                 dk[:, :, m:] = ds * q
                 dv[:, :, m:] = p * do

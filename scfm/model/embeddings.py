@@ -83,7 +83,7 @@ class GeneCondition(nn.Module):
 
 
 class CellCondition(nn.Module):
-    """A layer-normed vector per condition of a cell (batch, modality), joined to what the decoders read: (N,) -> (N, D).
+    """A layer-normed vector per condition of a cell (batch, modality), for the decoders to read: (N,) -> (N, D).
 
     A cell without a known condition (-1) gets zeros.
     """

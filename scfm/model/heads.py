@@ -1,4 +1,4 @@
-"""What is read from the transformer's output: values of genes, values from the cell embedding alone, classes of cells."""
+"""What is read from the transformer's output: values of genes from tokens or cells, and classes of cells."""
 
 from __future__ import annotations
 

@@ -8,26 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-onednn_linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+from scfm.model import onednn
+
 LANES = 2**16
 
 
 class Linear(nn.Linear):
-    """A linear layer whose float32 products on a CPU run in oneDNN.
-
-    torch sends them to MKL, whose float32 kernels reach less than half of oneDNN's speed on AMD processors and no more
-    than its speed on others. Every other case (other types, devices, autocast) is torch's own linear layer.
-    """
+    """A linear layer whose float32 products on a CPU run in oneDNN; all else is torch's own linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        fast = (
-            onednn_linear is not None
-            and input.device.type == "cpu"
-            and input.dtype == self.weight.dtype == torch.float32
-            and input.numel() > 0
-            and not torch.is_autocast_enabled("cpu")
-        )
-        return _OneDNNLinear.apply(input, self.weight, self.bias) if fast else super().forward(input)
+        if onednn.usable(input) and self.weight.dtype == input.dtype and not torch.is_autocast_enabled("cpu"):
+            return _OneDNNLinear.apply(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -35,17 +27,18 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias, "none", [], "")
+        return onednn.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (grad,) = grads
+        grad = grads[0].contiguous()
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
-            onednn_linear(grad, weight.t(), None, "none", [], "") if need_x else None,
-            onednn_linear(grad.t(), x.t(), None, "none", [], "") if need_weight else None,
+            onednn.linear(grad, weight.t()) if need_x else None,
+            onednn.linear(x.t(), grad.t()).t() if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
 

@@ -1,4 +1,4 @@
-"""The scGPT model on packed cells: embeddings, encoder blocks, cell embedding, heads (Cui et al., Nature Methods 2024)."""
+"""The scGPT model (Cui et al., Nature Methods 2024) on packed cells."""
 
 from __future__ import annotations
 

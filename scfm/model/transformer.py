@@ -19,8 +19,8 @@ class Block(nn.Module):
     """Self-attention and a feed-forward layer, each with dropout, a residual and a layer norm: (T, D) -> (T, D).
 
     `post` norms the sum of residual and branch (Vaswani et al. 2017). `pre` is scGPT's own variant: x = norm(x);
-    x = x + branch(x), so that the residual carries the normed input. scGPT's published weights expect that unknown genes
-    bypass the attention's output projection (`unknown_output_projection: false`).
+    x = x + branch(x), so that the residual carries the normed input. scGPT's published weights expect that unknown
+    genes bypass the attention's output projection (`unknown_output_projection: false`).
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -82,7 +82,7 @@ class Progress(L.Callback):
     """
 
     def __init__(self, log: Path, every: int) -> None:
-        self.log, self.every = log, every
+        self.log_file, self.every = log, every
         self.reset()
 
     def reset(self) -> None:
@@ -134,6 +134,8 @@ class Progress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("valid/")}
         if found and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
             self.say(trainer, f"step {trainer.global_step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
 
     @staticmethod
@@ -145,7 +147,7 @@ class Progress(L.Callback):
     def say(self, trainer: L.Trainer, line: str) -> None:
         if trainer.is_global_zero:
             print(line, flush=True)
-            with self.log.open("a", encoding="utf-8") as file:
+            with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
 
@@ -155,31 +157,51 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def checkpoint_callbacks(folder: Path, every_steps: int, keep: int, *, validates: bool) -> list[L.Callback]:
-    """Return the callbacks that keep the newest checkpoints, and the best by validation loss where there is one."""
-    newest = ModelCheckpoint(
-        folder,
-        filename="step={step:09d}",
-        auto_insert_metric_name=False,
-        monitor="step",
-        mode="max",
-        every_n_train_steps=every_steps,
-        save_top_k=keep,
-        save_on_train_epoch_end=False,
-    )
-    if not validates:
-        return [newest]
-    best = ModelCheckpoint(
+class NewestCheckpoints(L.Callback):
+    """Saves the whole state of a run every few steps, and keeps the last of them.
+
+    It saves just before the next step begins, after any validation between the two, so that a resumed run repeats or
+    skips neither. Lightning writes under a temporary name and renames.
+
+    Args:
+        folder: where `step=<n>.ckpt` files go.
+        every: optimizer steps between two of them.
+        keep: how many are kept.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        self.folder, self.every, self.keep = folder, every, keep
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: list[PackedBatch], batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == 0 or step % self.every:
+            return
+        trainer.save_checkpoint(self.folder / f"step={step:09d}.ckpt")
+        if trainer.is_global_zero:
+            for old in checkpoints(self.folder)[: -self.keep]:
+                old.unlink()
+
+
+def best_checkpoint(folder: Path) -> ModelCheckpoint:
+    """Return the callback that keeps the weights of the lowest validation loss."""
+    return ModelCheckpoint(
         folder,
         filename="best",
         monitor="valid/loss",
         mode="min",
         save_top_k=1,
+        save_weights_only=True,
         enable_version_counter=False,
     )
-    return [newest, best]
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the latest step in a folder, or None."""
-    return max(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")), default=None)
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the resumable checkpoints of a run, earliest step first."""
+    return sorted(folder.glob("step=*.ckpt"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer steps taken at a checkpoint."""
+    return int(checkpoint.stem.removeprefix("step="))

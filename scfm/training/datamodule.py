@@ -1,7 +1,7 @@
 """The LightningDataModule: packed global batches of a cell store, in an order that survives a stop.
 
 Lightning loses the state of a loader in two ways (look-ahead batches, and loaders built early by
-`estimated_stepping_batches`), so the state lives here: the epoch and the global batches consumed in it.
+`estimated_stepping_batches`), so no loader has a state: the order is a pure function of the optimizer step.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class CellDataModule(L.LightningDataModule):
         self.store, self.tokeniser, self.config = store, tokeniser, config
         self.train_rows, self.valid_rows = train_rows, valid_rows
         self.cell_conditions, self.seed = cell_conditions, seed
-        self.resume_epoch, self.resume_batches = -1, 0
         self.loader: EpochLoader | None = None
 
     def pack_loader(self, rows: Rows, *, shuffle: bool, rank: int, world_size: int) -> PackLoader:
@@ -99,25 +98,32 @@ class CellDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         trainer = self.trainer
         assert trainer is not None
-        consumed = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"seed": self.seed, "epoch": trainer.current_epoch, "batches": consumed}
+        return self.identity() | {"batches": trainer.global_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        if state_dict["seed"] != self.seed:
-            raise ScfmError(
-                f"seed: the checkpoint was trained with seed {state_dict['seed']}, the recipe says {self.seed}; "
-                "resume with the same seed"
-            )
-        self.resume_epoch, self.resume_batches = state_dict["epoch"], state_dict["batches"]
+        for name, now in self.identity().items():
+            if state_dict[name] != now:
+                raise ScfmError(
+                    f"the checkpoint was trained with {name} {state_dict[name]:,}, this run has {now:,}; "
+                    "resume with the same seed, cells and global batch"
+                )
+
+    def identity(self) -> dict[str, int]:
+        """Return what the order of the cells depends on."""
+        return {
+            "seed": self.seed,
+            "training cells": len(self.train_rows),
+            "data.cells_per_batch": self.config.cells_per_batch,
+        }
 
 
 class EpochLoader:
-    """Iterates one epoch at a time; the first epoch after a resume starts where the checkpoint stopped.
+    """Iterates this rank's packs from where the run stands: one global batch is one step, so the step is the place.
 
     Args:
         packs: the loader of this rank.
-        module: the data module that knows the epoch and the place to resume from; None replays epoch 0 every time,
-            so that validation always sees the same masks.
+        module: the data module that knows the step; None replays epoch 0 every time, so that validation always sees
+            the same masks.
     """
 
     def __init__(self, packs: PackLoader, module: CellDataModule | None) -> None:
@@ -128,8 +134,10 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         if self.module is None:
-            return self.packs.batches(epoch=0)
+            yield from self.packs.batches(epoch=0)
+            return
         assert self.module.trainer is not None
-        epoch = self.module.trainer.current_epoch
-        start = self.module.resume_batches if epoch == self.module.resume_epoch else 0
-        return self.packs.batches(epoch=epoch, start=start)
+        epoch, start = divmod(self.module.trainer.global_step, len(self.packs))
+        while True:
+            yield from self.packs.batches(epoch=epoch, start=start)
+            epoch, start = epoch + 1, 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -33,5 +35,20 @@ def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
     several = devices not in (0, 1, "1", [0]) or options["num_nodes"] > 1
     strategy = "ddp" if options["strategy"] == "auto" and several else options["strategy"]
     options["strategy"] = strategy_of(strategy)
+    quieten()
     # the loader itself serves each rank its own packs
     return L.Trainer(**options, **objects, use_distributed_sampler=False, enable_progress_bar=False)
+
+
+def quieten() -> None:
+    """Leave out what Lightning says of things that are meant: the run's own first line names device and precision."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for meant in (
+        "Using ModelCheckpoint with manual optimization",  # the state after the step is the one to resume from
+        ".*LeafSpec.*is deprecated",
+        "Checkpoint directory .* exists and is not empty",  # a resumed run
+        "The dirpath has changed from",  # a run directory that was moved
+        "Starting from v1.9.0, `tensorboardX` has been removed",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # resume is exact, see CellDataModule
+    ):
+        warnings.filterwarnings("ignore", message=meant)

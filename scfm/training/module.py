@@ -8,13 +8,14 @@ whatever the number of packs or devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from scfm.data.batch import PackedBatch
@@ -65,8 +66,7 @@ class FoundationModule(L.LightningModule):
         active = [objective for objective in self.objectives if self.global_step >= objective.start_step]
         metrics, pulls = self.global_losses(packs, active)
         for index, pack in enumerate(packs):
-            last = index == len(packs) - 1
-            with nullcontext() if last else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+            with self.synchronising(index == len(packs) - 1):
                 self.seed_dropout(index)
                 output = self.network(pack)
                 loss, pack_metrics = self.pack_losses(pack, output, active)
@@ -78,6 +78,11 @@ class FoundationModule(L.LightningModule):
         optimizer.step()
         schedule.step()  # type: ignore[union-attr, call-arg]
         self.step_metrics = metrics
+
+    def synchronising(self, last: bool) -> AbstractContextManager[None]:
+        """Let only the last pack's backward synchronise gradients over the ranks."""
+        strategy = self.trainer.strategy
+        return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
 
     def validation_step(self, packs: list[PackedBatch], batch_idx: int) -> None:
         metrics, _ = self.global_losses(packs, self.objectives)
@@ -92,7 +97,7 @@ class FoundationModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.sum_over_ranks(self.valid_sums).items():
-            self.log(f"valid/{name}", value / self.valid_cells, rank_zero_only=False)
+            self.log(f"valid/{name}", value / self.valid_cells, logger=False)
 
     def pack_losses(
         self, pack: PackedBatch, output: ModelOutput, objectives: Sequence[Objective]

@@ -29,7 +29,7 @@ from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import Recipe, check
-from scfm.training.callbacks import MetricsCsv, Progress, checkpoint_callbacks, read_metrics
+from scfm.training.callbacks import MetricsCsv, NewestCheckpoints, Progress, best_checkpoint, read_metrics
 from scfm.training.datamodule import CellDataModule, Rows
 from scfm.training.launch import build_trainer
 from scfm.training.module import FoundationModule
@@ -114,11 +114,12 @@ def fit(job: Job, run: RunDirectory) -> Path:
     )
     module = FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed)
     validates = len(job.valid_rows) > 0
-    checkpoint = recipe.checkpoint
-    saving = checkpoint_callbacks(run.checkpoints, checkpoint.every_steps, checkpoint.keep, validates=validates)
+    newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
+    best = best_checkpoint(run.checkpoints)
     progress = Progress(run.log, recipe.trainer.log_every_n_steps)
+    callbacks = [progress, newest, *([best] if validates else [])]
     loggers = [MetricsCsv(run.metrics, run.resume_step), *wandb_loggers(recipe, run)]
-    trainer = build_trainer(recipe, callbacks=[*saving, progress], logger=loggers, default_root_dir=run.path)
+    trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
     baselines: dict[str, float] = {}
     if rank_zero_only.rank == 0:
         progress.say(trainer, opening_line(job, trainer))
@@ -126,7 +127,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
             baselines = mean_value_losses(data, n_genes=len(job.store.vocabulary))
     trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
     if trainer.is_global_zero:
-        export(job, run, baselines, best=saving[-1].best_model_path if validates else "")  # type: ignore[attr-defined]
+        export(job, run, baselines, best.best_model_path)
         progress.say(trainer, f"model: {run.model}")
     return run.model
 
@@ -147,7 +148,7 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     """Say what is about to run: sizes, cells, device, attention backend and why that one."""
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
-    backend, reason = pick_backend(job.recipe.model.backend, device)
+    backend, reason = pick_backend(device, job.recipe.model.backend)
     return (
         f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
         f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
-from scfm.training.callbacks import newest_checkpoint
+from scfm.training.callbacks import checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RunDirectory:
     @property
     def resume_step(self) -> int | None:
         """Optimizer steps taken at the checkpoint that the run continues from."""
-        return int(self.resume_from.stem.removeprefix("step=")) if self.resume_from else None
+        return step_of(self.resume_from) if self.resume_from else None
 
 
 def open_run(recipe: Recipe, resume: str | None) -> RunDirectory:
@@ -71,7 +71,7 @@ def open_run(recipe: Recipe, resume: str | None) -> RunDirectory:
             raise ScfmError(f"--resume {resume}: no such checkpoint; `--resume auto` finds the newest one of the run")
         run = RunDirectory(path, checkpoint)
     elif resume == "auto":
-        run = RunDirectory(path, newest_checkpoint(run.checkpoints))
+        run = RunDirectory(path, next(reversed(checkpoints(run.checkpoints)), None))
     if rank_zero_only.rank:
         return run
     if path.exists() and any(path.iterdir()):

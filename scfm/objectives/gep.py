@@ -1,0 +1,63 @@
+"""GEP: predict the values of unknown genes from their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scfm.data.batch import PackedBatch
+from scfm.errors import ScfmError
+from scfm.model.heads import HeadSpec
+from scfm.model.scgpt import ModelOutput
+from scfm.recipe import ObjectiveConfig
+
+
+@dataclass
+class GEP:
+    """Gene expression prediction (scGPT): squared error, or cross-entropy over bins, mean over unknown genes."""
+
+    n_bins: int
+    criterion: Literal["mse", "cross_entropy"] = "mse"
+    weight: float = 1.0
+    start_step: int = 0
+
+    name: ClassVar[str] = "gep"
+    head: ClassVar[Literal["gep", "gepc"]] = "gep"
+    scope: ClassVar[str] = "pack"
+    needs_second_pass: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(
+        cls, config: ObjectiveConfig, n_bins: int, labels: Sequence[str], class_weights: Tensor | None
+    ) -> Self:
+        """Build it from its section of the recipe."""
+        return cls(n_bins, config.loss, config.weight, config.start_step)
+
+    def heads(self) -> list[HeadSpec]:
+        """Return the heads that it reads."""
+        return [HeadSpec(self.head, self.head, 1 if self.criterion == "mse" else self.n_bins)]
+
+    def loss(self, batch: PackedBatch, output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum over the pack's unknown genes divided by the global batch's count of them, and metrics alike.
+
+        Reads `output.predictions[name]`: values (U,), or logits (U, n_bins), whose expected bin then gives the squared
+        error among the metrics. Raises ScfmError if the batch hides nothing.
+        """
+        if batch.targets is None:
+            raise ScfmError(f"objective {self.name}: the batch has no targets; set data.mask_ratios to hide genes")
+        prediction = output.predictions[self.name]
+        target = batch.targets[batch.predicted]
+        count = max(batch.total_unknown, 1)
+        if self.criterion == "mse":
+            loss = (prediction - target).square().sum() / count
+            return loss, {f"{self.name}_mse": loss.detach()}
+        logits = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        loss = F.cross_entropy(logits, target.long(), reduction="sum") / count
+        bins = torch.arange(self.n_bins, dtype=logits.dtype, device=logits.device)
+        expected = logits.detach().softmax(-1) @ bins
+        return loss, {f"{self.name}_mse": (expected - target).square().sum() / count}

@@ -1,0 +1,77 @@
+"""Two processes train as one does: the same global batches, losses and weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import tiny_recipe, write_shards
+from torch import Tensor
+
+from scfm.checkpoints.native import read_weights
+from scfm.training.callbacks import read_metrics
+from scfm.training.run import pretrain
+
+pytestmark = pytest.mark.distributed
+
+SMOOTH = {"lr": 1e-2, "eps": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("cells") / "shards")
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        [{"name": "gep"}, {"name": "gepc"}, {"name": "cell_prompt", "start_step": 3}],
+        [{"name": "gep", "loss": "cross_entropy"}, {"name": "ecs", "weight": 10.0}],
+    ],
+    ids=["pretraining", "with-ecs"],
+)
+@pytest.mark.parametrize("tokens_per_pack", [60, 5000], ids=["many-packs", "one-pack-each"])
+def test_two_processes_equal_one(
+    shards: Path, tmp_path: Path, objectives: list[dict[str, object]], tokens_per_pack: int
+) -> None:
+    common = {"objectives": objectives, "model": {"dropout": 0.0}, "optimizer": SMOOTH}
+    data = {"tokens_per_pack": tokens_per_pack}
+    two = {"devices": 2, "strategy": "ddp_fork", "log_every_n_steps": 1}
+    one = tiny_recipe(shards, tmp_path / "one", **common, data=data, trainer={"log_every_n_steps": 1})
+    both = tiny_recipe(shards, tmp_path / "two", **common, data=data, trainer=two)
+    assert largest_difference(read_weights(pretrain(one)), read_weights(pretrain(both))) < 2e-5
+    losses = [
+        {row[:2]: row[2] for row in read_metrics(tmp_path / run / "metrics.csv") if row[1] in ("train/loss", "valid/loss")}
+        for run in ("one", "two")
+    ]
+    assert len(losses[0]) == 6 + 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_resuming_on_two_processes_what_one_began(shards: Path, tmp_path: Path) -> None:
+    still = {"model": {"dropout": 0.0}, "optimizer": SMOOTH}
+    whole = read_weights(pretrain(tiny_recipe(shards, tmp_path / "whole", **still)))
+    begun = tiny_recipe(shards, tmp_path / "run", **still)
+    pretrain(begun)
+    two = {"devices": 2, "strategy": "ddp_fork"}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step=000000004.ckpt"
+    resumed = read_weights(pretrain(tiny_recipe(shards, tmp_path / "run", **still, trainer=two), resume=str(checkpoint)))
+    assert largest_difference(whole, resumed) < 2e-5
+
+
+def test_the_command_line_starts_its_own_processes(shards: Path, tmp_path: Path) -> None:
+    """Without fork: each rank is a process that runs the same command, as on GPUs."""
+    tiny_recipe(shards, tmp_path / "run", trainer={"devices": 2}).save(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "scfm.cli", "pretrain", "--config", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

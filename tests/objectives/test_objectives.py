@@ -1,0 +1,161 @@
+"""Losses against their formulas, as shares of a global batch that add up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packs import N_BINS, random_pack
+
+from scfm.data.batch import PackedBatch
+from scfm.errors import ScfmError
+from scfm.model.heads import HeadSpec
+from scfm.model.scgpt import ModelOutput
+from scfm.objectives import CLS, ECS, GEP, GEPC, OBJECTIVES, CellPrompt, build_objectives
+from scfm.recipe import ObjectiveConfig
+
+
+def output_of(batch: PackedBatch, **predictions: torch.Tensor) -> ModelOutput:
+    return ModelOutput(torch.empty(batch.n_tokens, 4), torch.empty(batch.n_cells, 4), predictions)
+
+
+def test_squared_error_is_the_mean_over_unknown_genes() -> None:
+    batch = random_pack([6, 4], [2, 3])
+    truth = batch.targets[batch.predicted]
+    prediction = torch.randn(5)
+    for objective in (GEP(N_BINS), GEPC(N_BINS), CellPrompt(N_BINS)):
+        loss, metrics = objective.loss(batch, output_of(batch, **{objective.name: prediction}))
+        torch.testing.assert_close(loss, F.mse_loss(prediction, truth))
+        torch.testing.assert_close(metrics[f"{objective.name}_mse"], loss)
+
+
+def test_cross_entropy_over_bins_also_reports_the_error_of_the_expected_bin() -> None:
+    batch = random_pack([6, 4], [2, 3])
+    truth = batch.targets[batch.predicted]
+    logits = torch.randn(5, N_BINS)
+    loss, metrics = GEP(N_BINS, "cross_entropy").loss(batch, output_of(batch, gep=logits))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, truth.long()))
+    expected = (logits.softmax(-1) * torch.arange(N_BINS)).sum(-1)
+    torch.testing.assert_close(metrics["gep_mse"], F.mse_loss(expected, truth))
+
+
+def test_shares_of_packs_add_up_to_the_global_mean() -> None:
+    """Packs of very different size, one without any unknown gene."""
+    whole = random_pack([9, 2, 5], [3, 1, 5])
+    label = torch.tensor([0, 2, 1])
+    whole.cell_conditions = {"label": label}
+    values, logits = torch.randn(7), torch.randn(3, 3)
+    gep, cls = GEP(N_BINS), CLS(["a", "b", "c"])
+    expected = gep.loss(whole, output_of(whole, gep=values))
+    expected_cls = cls.loss(whole, output_of(whole, annotation=logits))
+    total, total_cls = 0.0, 0.0
+    for cell, predicted in enumerate((slice(0, 6), slice(6, 7), slice(7, 7))):
+        start, stop = whole.cu_seqlens[cell : cell + 2].tolist()
+        part = replace(
+            whole,
+            genes=whole.genes[start:stop],
+            values=whole.values[start:stop],
+            targets=whole.targets[start:stop],
+            cu_seqlens=torch.tensor([0, stop - start], dtype=torch.int32),
+            n_known=whole.n_known[cell : cell + 1],
+            cell_id=whole.cell_id[cell : cell + 1],
+            cell_conditions={"label": label[cell : cell + 1]},
+        )
+        total += gep.loss(part, output_of(part, gep=values[predicted]))[0]
+        total_cls += cls.loss(part, output_of(part, annotation=logits[cell : cell + 1]))[0]
+    torch.testing.assert_close(total, expected[0])
+    torch.testing.assert_close(total_cls, expected_cls[0])
+
+
+def test_a_pack_without_real_cells_gives_a_zero_loss_with_a_graph() -> None:
+    """DDP needs a gradient for every parameter on every rank, also where a rank has nothing to learn from."""
+    batch = random_pack([3], [1])
+    batch = replace(batch, cell_id=torch.tensor([-1]), cell_conditions={"label": torch.tensor([0])})
+    assert len(batch.predicted) == 0
+    for objective, shape in (
+        (GEP(N_BINS), (0,)),
+        (GEP(N_BINS, "cross_entropy"), (0, N_BINS)),
+        (CLS(["a", "b"]), (1, 2)),
+        (CLS(["a", "b"], torch.tensor([1.0, 2.0])), (1, 2)),
+    ):
+        prediction = torch.zeros(shape, requires_grad=True)
+        loss, _ = objective.loss(batch, output_of(batch, **{objective.head: prediction}))
+        assert loss.item() == 0
+        assert not torch.autograd.grad(loss, prediction)[0].any()
+
+
+def test_classes_ignore_unlabelled_and_pseudo_cells() -> None:
+    batch = random_pack([2, 2, 2, 2], [2, 2, 2, 2])
+    batch.cell_id[3] = -1
+    batch.cell_conditions = {"label": torch.tensor([1, -1, 0, 0])}
+    batch.total_cells = 3
+    logits = torch.tensor([[0.0, 3.0], [5.0, 0.0], [1.0, 2.0], [9.0, 0.0]])
+    loss, metrics = CLS(["a", "b"]).loss(batch, output_of(batch, annotation=logits))
+    expected = F.cross_entropy(logits[[0, 2]], torch.tensor([1, 0]), reduction="sum") / 3
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(metrics["cls_accuracy"], torch.tensor(1 / 3))
+
+
+def test_class_weights_keep_a_cells_gradient_independent_of_its_batch_mates() -> None:
+    batch = random_pack([2, 2], [2, 2])
+    batch.cell_conditions = {"label": torch.tensor([0, 1])}
+    logits, weights = torch.randn(2, 2), torch.tensor([0.5, 3.0])
+    loss, _ = CLS(["a", "b"], weights).loss(batch, output_of(batch, annotation=logits))
+    each = F.cross_entropy(logits, torch.tensor([0, 1]), reduction="none")
+    torch.testing.assert_close(loss, (weights * each).sum() / 2)
+
+
+def test_elastic_similarity_by_hand() -> None:
+    """Three cells: two alike, one opposite; negative similarity and the diagonal count as 0."""
+    cells = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
+    t = 0.8
+    expected = (2 * (1 - (1 - t) ** 2) + 7 * (1 - t**2)) / 9
+    torch.testing.assert_close(ECS(t).loss(cells), torch.tensor(expected))
+
+
+def test_recipe_builds_objectives_with_their_heads() -> None:
+    configs = [
+        ObjectiveConfig("gep", weight=2.0),
+        ObjectiveConfig("gepc", loss="cross_entropy"),
+        ObjectiveConfig("cell_prompt", start_step=7),
+        ObjectiveConfig("ecs", threshold=0.3),
+        ObjectiveConfig("cls"),
+    ]
+    objectives = build_objectives(configs, n_bins=N_BINS, labels=["a", "b"])
+    assert [objective.name for objective in objectives] == [config.name for config in configs] == list(OBJECTIVES)
+    assert [objective.scope for objective in objectives] == ["pack", "pack", "pack", "global", "pack"]
+    assert [objective.needs_second_pass for objective in objectives] == [False, False, True, False, False]
+    assert objectives[0].weight == 2.0
+    assert objectives[2].start_step == 7
+    heads = {head.task: head for objective in objectives for head in objective.heads()}
+    assert heads == {
+        "gep": HeadSpec("gep", "gep"),
+        "gepc": HeadSpec("gepc", "gepc", N_BINS),
+        "annotation": HeadSpec("annotation", "cls", 2, ["a", "b"]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([ObjectiveConfig("gpe")], r"no 'gpe'; choose from gep, gepc, cell_prompt, ecs, cls"),
+        ([ObjectiveConfig("cls")], r"cls needs a task with at least 2 labels, there are 0"),
+        (
+            [ObjectiveConfig("gep"), ObjectiveConfig("cell_prompt", loss="cross_entropy")],
+            r"cell_prompt shares the head gep, so it needs the same `loss`",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work(configs: list[ObjectiveConfig], message: str) -> None:
+    with pytest.raises(ScfmError, match=message):
+        build_objectives(configs, n_bins=N_BINS)
+
+
+def test_missing_inputs_are_named() -> None:
+    batch = random_pack([3], [2])
+    with pytest.raises(ScfmError, match="gep: the batch has no targets"):
+        GEP(N_BINS).loss(replace(batch, targets=None), output_of(batch, gep=torch.zeros(1)))
+    with pytest.raises(ScfmError, match="no cell condition `label`"):
+        CLS(["a", "b"]).loss(batch, output_of(batch, annotation=torch.zeros(1, 2)))

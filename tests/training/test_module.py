@@ -1,0 +1,133 @@
+"""One optimizer step is one global batch, however it is cut into packs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from runs import tiny_recipe, write_shards
+from torch import Tensor
+
+from scfm.checkpoints.native import read_weights
+from scfm.model.scgpt import ScGPT
+from scfm.objectives import build_objectives
+from scfm.recipe import ObjectiveConfig, OptimizerConfig
+from scfm.training.launch import quieten
+from scfm.training.module import FoundationModule, gather
+from scfm.training.run import pretrain
+
+SMALL_PACKS, ONE_PACK = 40, 5000
+# Adam's step hangs on the sign of a gradient that is rounding error alone; a large eps lets only real gradients move it
+SMOOTH = {"lr": 1e-2, "eps": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("cells") / "shards")
+
+
+def weights_after(shards: Path, out: Path, **sections: object) -> dict[str, Tensor]:
+    return read_weights(pretrain(tiny_recipe(shards, out, **sections)))
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        [{"name": "gep"}, {"name": "gepc"}, {"name": "cell_prompt"}],
+        [{"name": "gep", "loss": "cross_entropy"}, {"name": "gepc", "loss": "cross_entropy"}],
+        [{"name": "gep"}, {"name": "ecs", "weight": 10.0, "threshold": 0.6}],
+    ],
+    ids=["mse", "cross-entropy", "ecs"],
+)
+def test_packs_change_nothing(shards: Path, tmp_path: Path, objectives: list[dict[str, object]]) -> None:
+    still = {"model": {"dropout": 0.0}, "objectives": objectives, "optimizer": SMOOTH | {"clip": 0.5}}
+    many = weights_after(shards, tmp_path / "many", **still, data={"tokens_per_pack": SMALL_PACKS})
+    one = weights_after(shards, tmp_path / "one", **still, data={"tokens_per_pack": ONE_PACK})
+    assert largest_difference(many, one) < 2e-5
+
+
+def test_filling_packs_changes_nothing(shards: Path, tmp_path: Path) -> None:
+    still = {"model": {"dropout": 0.0}, "optimizer": SMOOTH}
+    ragged = weights_after(shards, tmp_path / "ragged", **still)
+    filled = weights_after(shards, tmp_path / "filled", **still, data={"fill_packs": True})
+    assert largest_difference(ragged, filled) < 2e-5
+
+
+def test_a_run_repeats_itself_to_the_bit_and_another_seed_does_not(shards: Path, tmp_path: Path) -> None:
+    first, again = weights_after(shards, tmp_path / "a"), weights_after(shards, tmp_path / "b")
+    assert largest_difference(first, again) == 0
+    assert largest_difference(first, weights_after(shards, tmp_path / "c", seed=1)) > 0
+
+
+def test_clipping_bounds_the_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+
+    def watch(module: FoundationModule, optimizer: torch.optim.Optimizer) -> None:
+        clip(module, optimizer)
+        trained = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(trained)))
+
+    clip = FoundationModule.on_before_optimizer_step
+    monkeypatch.setattr(FoundationModule, "on_before_optimizer_step", watch)
+    weights_after(shards, tmp_path / "run", optimizer={"clip": 0.25}, data={"tokens_per_pack": SMALL_PACKS})
+    assert len(norms) == 6
+    assert max(norms) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_term_waits_for_its_first_step(shards: Path, tmp_path: Path) -> None:
+    objectives = [{"name": "gep"}, {"name": "cell_prompt", "start_step": 4}]
+    pretrain(tiny_recipe(shards, tmp_path / "run", objectives=objectives, trainer={"log_every_n_steps": 1}))
+    rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    assert {int(step) for step, metric, _ in rows[1:] if metric == "train/cell_prompt"} == {5, 6}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32"])
+def test_precision_reaches_the_run_and_it_learns(shards: Path, tmp_path: Path, precision: str) -> None:
+    model = pretrain(
+        tiny_recipe(shards, tmp_path / "run", trainer={"precision": precision, "max_steps": 60, "log_every_n_steps": 10})
+    )
+    assert f"precision {precision}" in (tmp_path / "run" / "log.txt").read_text()
+    rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    losses = [float(value) for _, metric, value in rows if metric == "train/loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(tensor.dtype == torch.float32 for tensor in read_weights(model).values())
+
+
+def test_gathering_in_one_process_is_the_identity() -> None:
+    cells = torch.randn(3, 4, requires_grad=True)
+    assert gather(cells) is cells
+
+
+def test_ecs_is_pulled_through_packs_exactly(shards: Path) -> None:
+    """The gradient handed to the packs is that of the loss over all cells at once."""
+    quieten()
+    cells = [torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 5)]
+    (objective,) = build_objectives([ObjectiveConfig("ecs", threshold=0.3)], n_bins=51)
+    expected = torch.autograd.grad(objective.loss(torch.cat(cells)), cells)
+
+    class Fixed(torch.nn.Module):
+        def forward(self, index: int) -> object:
+            return type("Output", (), {"cell": cells[index]})
+
+    class Pack:
+        def __init__(self, index: int) -> None:
+            self.index, self.n_cells = index, len(cells[index])
+            self.real_cells = torch.ones(self.n_cells, dtype=torch.bool)
+
+    module = FoundationModule(Fixed(), [objective], OptimizerConfig())
+    module.network.forward = lambda pack, **_: Fixed().forward(pack.index)  # type: ignore[method-assign]
+    module._trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    _, pulls = module.global_losses([Pack(0), Pack(1)], [objective])  # type: ignore[list-item]
+    assert pulls is not None
+    for pull, gradient in zip(pulls, expected, strict=True):
+        torch.testing.assert_close(pull.double(), gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_network_is_plain_torch() -> None:
+    assert not issubclass(ScGPT, L.LightningModule)
