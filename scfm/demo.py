@@ -32,7 +32,7 @@ class PretrainedOnTheSplit(FineTuned):
         cells = self.runs / f"training-cells-seed{seed}.h5ad"
         shards = self.runs / f"shards-seed{seed}"
         adata.write_h5ad(cells)
-        prepare([str(cells)], out=str(shards), accept_normalised=True, seed=seed)
+        prepare([cells], shards, accept_normalised=True, seed=seed)
         out = self.runs / f"pretraining-seed{seed}"
         overrides = {"seed": seed, "out": str(out), "data": {"shards": str(shards)}}
         return load(pretrain(read_recipe(bundled("pretrain/quickstart.yaml"), overrides)))
@@ -47,12 +47,15 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     """
     import scanpy
 
+    from scfm.baselines.mean_value import baselines_of
     from scfm.data.hashing import profile_hashes
     from scfm.data.sources import store_from_anndata
     from scfm.data.vocabulary import Gene, Vocabulary
     from scfm.evaluation.harness import compare
-    from scfm.evaluation.report import write_report
+    from scfm.evaluation.plots import TrainingLog
+    from scfm.evaluation.report import print_report, write_report
     from scfm.evaluation.splits import stratified_split
+    from scfm.training.callbacks import read_metrics
 
     started = time.perf_counter()
     folder = Path(out)
@@ -68,5 +71,8 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     method = PretrainedOnTheSplit("scGPT (scfm)", runs, runs)
     splits = [stratified_split(labels, seed=seed) for seed in range(seeds)]
     comparison = compare([method], adata, LABEL, splits, cell_hashes=hashes)
-    write_report(comparison, folder, metrics_csv=runs / "pretraining-seed0" / "metrics.csv")
-    print(f"{time.perf_counter() - started:.0f} seconds; open {folder / 'report.html'}")
+    metrics = read_metrics(runs / "pretraining-seed0" / "metrics.csv")
+    training = {"pretraining, first seed": TrainingLog(metrics, baselines_of(metrics))}
+    page = write_report(comparison, folder, title="scfm demo: annotation of peripheral blood cells", training=training)
+    print_report(comparison)
+    print(f"{time.perf_counter() - started:.0f} seconds; open {page}")

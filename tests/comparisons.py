@@ -7,6 +7,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from scfm.baselines.inputs import read_labels
@@ -34,6 +35,7 @@ class Oracle:
         mistaken = np.random.default_rng(1).random(adata.n_obs) < wrong
         self.mistaken = set(adata.obs_names[mistaken])
         self.classes = sorted(set(self.known.values()))
+        self.training_hashes: NDArray[np.uint64] | None = None
         self.seen: list[tuple[int, int, list[str]]] = []
 
     def describe(self) -> str:

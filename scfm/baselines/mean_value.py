@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from scfm.training.datamodule import CellDataModule
 
 TRAINING_BATCHES = 100
+PREFIX = "baseline/"
 
 
 def mean_value_losses(data: CellDataModule, n_genes: int) -> dict[str, float]:
@@ -41,4 +43,9 @@ def mean_value_losses(data: CellDataModule, n_genes: int) -> dict[str, float]:
             genes, targets = pack.genes[pack.predicted].numpy(), pack.targets[pack.predicted].numpy()
             errors += [np.square(targets - global_mean).sum(), np.square(targets - gene_mean[genes]).sum()]
             n += len(targets)
-    return {"global mean": float(errors[0] / n), "gene mean": float(errors[1] / n)}
+    return {f"{PREFIX}global mean": float(errors[0] / n), f"{PREFIX}gene mean": float(errors[1] / n)}
+
+
+def baselines_of(metrics: Sequence[tuple[int, str, float]]) -> dict[str, float]:
+    """Return the baselines that a run has logged, by plain name, from the rows of its metrics.csv."""
+    return {name.removeprefix(PREFIX): value for _, name, value in metrics if name.startswith(PREFIX)}

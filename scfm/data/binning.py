@@ -3,8 +3,7 @@
 Bin 0 is zero expression. The edges are the quantiles linspace(0, 1, n_bins - 1) of the cell's non-zero values, linearly
 interpolated in float64 exactly as numpy.quantile does; a value falls into the bin that counts the edges at or below it,
 so bins run from 1 to n_bins - 1. A value that edges equal is a tie: it may fall into any bin above the edges strictly
-below it.
-Source: Cui et al., "scGPT", Nature Methods 2024, and the released code's `binning`.
+below it. Source: Cui et al., "scGPT", Nature Methods 2024, and the released code's `binning`.
 """
 
 from __future__ import annotations
@@ -16,87 +15,7 @@ from numpy.typing import NDArray
 from scfm.data.random import below, draw32
 
 TABLE = 256
-"""Counts below this are sorted by counting; most of a cell's counts are."""
-
-
-@njit(nogil=True, cache=True)
-def _interpolate(low: float, high: float, weight: float) -> float:
-    """Return the point between two values as numpy.quantile rounds it: from the nearer end."""
-    step = high - low
-    if weight >= 0.5:
-        return high - step * (1.0 - weight)
-    return low + step * weight
-
-
-@njit(nogil=True, cache=True)
-def _place(value: float, edges: NDArray[np.float64]) -> tuple[int, int]:
-    """Return the edges strictly below a value, and the edges at or below it."""
-    return int(np.searchsorted(edges, value, side="left")), int(np.searchsorted(edges, value, side="right"))
-
-
-@njit(nogil=True, cache=True)
-def _choose(strictly_below: int, at_or_below: int, spread_ties: bool, stream: int, index: int) -> int:
-    """Return the bin of a value: the highest it may take, or one drawn from all that it may take."""
-    if spread_ties and at_or_below > strictly_below:
-        return strictly_below + 1 + below(draw32(stream, index), at_or_below - strictly_below)
-    return at_or_below
-
-
-@njit(nogil=True, cache=True)
-def bin_reals(
-    offsets: NDArray[np.integer],
-    values: NDArray[np.floating],
-    rows: NDArray[np.int64],
-    quantiles: NDArray[np.float64],
-    spread_ties: bool,
-    streams: NDArray[np.uint64],
-    starts: NDArray[np.int64],
-    bins: NDArray[np.uint16],
-) -> None:
-    """Write the bins of the given rows' values of any kind: row i from bins[starts[i]] on, ties keyed by streams[i]."""
-    edges = np.empty(len(quantiles), np.float64)
-    for i in range(len(rows)):
-        row = values[offsets[rows[i]] : offsets[rows[i] + 1]]
-        if len(row) == 0:
-            continue
-        ordered = np.sort(row)
-        for j in range(len(quantiles)):
-            rank = (len(row) - 1) * quantiles[j]
-            k = int(rank)
-            high = ordered[min(k + 1, len(row) - 1)]
-            edges[j] = _interpolate(float(ordered[k]), float(high), rank - k)
-        for t in range(len(row)):
-            strictly_below, at_or_below = _place(float(row[t]), edges)
-            bins[starts[i] + t] = _choose(strictly_below, at_or_below, spread_ties, streams[i], t)
-
-
-@njit(nogil=True, cache=True)
-def _edges_of_counts(
-    held: NDArray[np.int32], large: NDArray, n: int, quantiles: NDArray[np.float64], edges: NDArray[np.float64]
-) -> None:
-    """Write the quantiles of n counts, given how often each small count occurs and the large ones in order."""
-    n_small = n - len(large)
-    low, reached = 0, held[0]  # `reached` values are at most `low`
-    for j in range(len(quantiles)):
-        rank = (n - 1) * quantiles[j]
-        k = int(rank)
-        if k >= n_small:
-            at_k = np.int64(large[k - n_small])
-        else:
-            while reached <= k:
-                low += 1
-                reached += held[low]
-            at_k = np.int64(low)
-        after = min(k + 1, n - 1)
-        if after >= n_small:
-            at_next = np.int64(large[after - n_small])
-        else:
-            at_next = np.int64(low)
-            if reached <= after:
-                at_next += 1
-                while held[at_next] == 0:
-                    at_next += 1
-        edges[j] = _interpolate(float(at_k), float(at_next), rank - k)
+"""Counts below this are sorted by counting and binned by a table; most of a cell's counts are."""
 
 
 @njit(nogil=True, cache=True)
@@ -110,15 +29,24 @@ def bin_counts(
     starts: NDArray[np.int64],
     bins: NDArray[np.uint16],
 ) -> None:
-    """Write the same bins as `bin_reals`, faster: small counts are sorted by counting and binned by a table."""
+    """Write the bins of rows of counts: row i from bins[starts[i]] on.
+
+    Args:
+        offsets, counts: the rows, as in a CSR matrix; no count is zero.
+        rows: (n,) rows to bin.
+        quantiles: linspace(0, 1, n_bins - 1).
+        spread_ties: draw the bin of a tie from all that it may take, keyed by streams[i]; else take the highest.
+        streams, starts: (n,) for each row.
+        bins: where the bins go.
+    """
     edges = np.empty(len(quantiles), np.float64)
     # neighbours are counted in different rows: mostly ones, they would else wait for each other's increment
     held = np.empty((4, TABLE), np.int32)
-    strictly_below, at_or_below = np.empty(TABLE, np.int32), np.empty(TABLE, np.int32)
-    longest = 0
-    for i in range(len(rows)):
-        longest = max(longest, offsets[rows[i] + 1] - offsets[rows[i]])
-    large = np.empty(longest, counts.dtype)
+    longest = (offsets[rows + 1] - offsets[rows]).max()
+    large, large_at = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    draws = np.empty(longest, np.uint32)  # drawn before they are used, in a loop that vectorises
+    # the last entry stands for all large counts, whose bins are found one by one
+    lowest, highest = np.zeros(TABLE + 1, np.int32), np.zeros(TABLE + 1, np.int32)
     for i in range(len(rows)):
         row = counts[offsets[rows[i]] : offsets[rows[i] + 1]]
         if len(row) == 0:
@@ -129,25 +57,131 @@ def bin_counts(
             if row[t] < TABLE:
                 held[t & 3, row[t]] += 1
             else:
-                large[n_large] = row[t]
+                large[n_large], large_at[n_large] = row[t], t
                 n_large += 1
-        total = held[0] + held[1] + held[2] + held[3]
-        large[:n_large].sort()
-        _edges_of_counts(total, large[:n_large], len(row), quantiles, edges)
+        _bin_table(held, large[:n_large], len(row), quantiles, edges, lowest, highest)
+        out = bins[starts[i] : starts[i] + len(row)]
+        if spread_ties:
+            for t in range(len(row)):
+                draws[t] = draw32(streams[i], t)
+            for t in range(len(row)):
+                entry = min(row[t], TABLE)
+                out[t] = lowest[entry] + below(draws[t], highest[entry] - lowest[entry] + 1)
+        else:
+            for t in range(len(row)):
+                out[t] = highest[min(row[t], TABLE)]
+        for t in large_at[:n_large]:
+            out[t] = _search(float(row[t]), edges, spread_ties, streams[i], t)
 
-        passed = 0
-        for count in range(TABLE):
-            if total[count]:
-                while passed < len(edges) and edges[passed] < count:
-                    passed += 1
-                strictly_below[count] = passed
-                while passed < len(edges) and edges[passed] <= count:
-                    passed += 1
-                at_or_below[count] = passed
 
+@njit(nogil=True, cache=True)
+def bin_reals(
+    offsets: NDArray[np.integer],
+    values: NDArray[np.floating],
+    rows: NDArray[np.int64],
+    quantiles: NDArray[np.float64],
+    spread_ties: bool,
+    streams: NDArray[np.uint64],
+    starts: NDArray[np.int64],
+    bins: NDArray[np.uint16],
+) -> None:
+    """Write the bins of rows of any values, by sorting each; the arguments are those of `bin_counts`."""
+    edges = np.empty(len(quantiles), np.float64)
+    for i in range(len(rows)):
+        row = values[offsets[rows[i]] : offsets[rows[i] + 1]]
+        if len(row) == 0:
+            continue
+        ordered = np.sort(row)
+        for j in range(len(quantiles)):
+            rank = (len(row) - 1) * quantiles[j]
+            k = int(rank)
+            after = ordered[min(k + 1, len(row) - 1)]
+            edges[j] = _interpolate(float(ordered[k]), float(after), rank - k)
         for t in range(len(row)):
-            if row[t] < TABLE:
-                lowest, highest = strictly_below[row[t]], at_or_below[row[t]]
-            else:
-                lowest, highest = _place(float(row[t]), edges)
-            bins[starts[i] + t] = _choose(lowest, highest, spread_ties, streams[i], t)
+            bins[starts[i] + t] = _search(float(row[t]), edges, spread_ties, streams[i], t)
+
+
+@njit(nogil=True, cache=True)
+def _interpolate(low: float, high: float, weight: float) -> float:
+    """Return the point between two values as numpy.quantile rounds it: from the nearer end."""
+    step = high - low
+    if weight >= 0.5:
+        return high - step * (1.0 - weight)
+    return low + step * weight
+
+
+@njit(nogil=True, cache=True)
+def _search(value: float, edges: NDArray[np.float64], spread_ties: bool, stream: int, index: int) -> int:
+    """Return the bin of a value: the highest it may take, or one drawn from all that it may take."""
+    highest = int(np.searchsorted(edges, value, side="right"))
+    if spread_ties:
+        lowest = min(int(np.searchsorted(edges, value, side="left")) + 1, highest)
+        return lowest + below(draw32(stream, index), highest - lowest + 1)
+    return highest
+
+
+@njit(nogil=True, cache=True)
+def _bin_table(
+    held: NDArray[np.int32],
+    large: NDArray[np.int64],
+    n: int,
+    quantiles: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    lowest: NDArray[np.int32],
+    highest: NDArray[np.int32],
+) -> None:
+    """Write the edges of a cell, and the lowest and highest bin of every count below TABLE that it holds.
+
+    Args:
+        held: (4, TABLE) how often each small count was seen, in four parts.
+        large: the counts from TABLE on; sorted in place.
+        n: number of counts.
+        quantiles, edges: (n_bins - 1,).
+        lowest, highest: (TABLE + 1,).
+    """
+    total = held[0] + held[1] + held[2] + held[3]
+    large.sort()
+    _edges_of_counts(total, large, n, quantiles, edges)
+    passed = 0
+    for count in range(TABLE):
+        if total[count]:
+            while passed < len(edges) and edges[passed] < count:
+                passed += 1
+            lowest[count] = passed + 1
+            while passed < len(edges) and edges[passed] <= count:
+                passed += 1
+            highest[count] = passed
+            lowest[count] = min(lowest[count], passed)
+
+
+@njit(nogil=True, cache=True)
+def _edges_of_counts(
+    total: NDArray[np.int32],
+    large: NDArray[np.int64],
+    n: int,
+    quantiles: NDArray[np.float64],
+    edges: NDArray[np.float64],
+) -> None:
+    """Write the quantiles of n counts, given how often each small one occurs and the large ones in order."""
+    n_small = n - len(large)
+    count, reached = 0, total[0]  # `reached` of the counts are at most `count`
+    for j in range(len(quantiles)):
+        rank = (n - 1) * quantiles[j]
+        k = int(rank)
+        if k >= n_small:
+            at_k = large[k - n_small]
+        else:
+            while reached <= k:
+                count += 1
+                reached += total[count]
+            at_k = count
+        after = min(k + 1, n - 1)
+        if after >= n_small:
+            at_after = large[after - n_small]
+        else:
+            at_after = at_k
+            if reached <= after:
+                at_after += 1
+                while total[at_after] == 0:
+                    at_after += 1
+        edges[j] = _interpolate(float(at_k), float(at_after), rank - k)

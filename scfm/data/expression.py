@@ -104,19 +104,23 @@ def to_vocabulary(cells: csr_matrix, gene_of_column: NDArray[np.int32], value_ki
     Args:
         cells: finite, non-negative values.
         gene_of_column: (columns,) vocabulary id of each column, -1 for a column to leave out; not all -1.
-        value_kind: counts become uint32, normalised values float32.
+        value_kind: counts become unsigned integers, normalised values float32.
 
     Returns:
-        A block of n cells with int64 offsets and uint32 genes. Raises ScfmError where a sum is above 2**32 - 1.
+        A block of n cells with int64 offsets; ids and counts take the narrowest unsigned type that holds them.
+
+    Raises ScfmError where the summed counts of a gene are above 2**32 - 1.
     """
     offsets = np.zeros(cells.shape[0] + 1, np.int64)
-    genes = np.empty(cells.nnz, np.uint32)
+    genes = np.empty(cells.nnz, np.min_scalar_type(int(gene_of_column.max())))
     mapped = np.empty(cells.nnz, np.uint32 if value_kind == "counts" else np.float32)
     filled, largest = _map_rows(cells.indptr, cells.indices, _plain(cells.data), gene_of_column, offsets, genes, mapped)
     if value_kind == "counts" and largest > LARGEST_COUNT:
         raise ScfmError(
             f"the columns of one gene add up to {largest:,.0f}, more than a count can be ({LARGEST_COUNT:,})"
         )
+    if value_kind == "counts":
+        mapped = mapped[:filled].astype(np.min_scalar_type(int(largest)))
     return CellBlock(offsets, genes[:filled], mapped[:filled])
 
 
@@ -129,13 +133,13 @@ def narrowest(values: NDArray) -> NDArray:
 
 
 def joined(blocks: Sequence[CellBlock]) -> CellBlock:
-    """Return the rows of several blocks, one after the other, as one block in the narrowest types."""
+    """Return the rows of several blocks, one after the other, as one block; the widest of their types holds them."""
     starts = np.cumsum([0, *(len(block.genes) for block in blocks)])
     offsets = [block.offsets[1:] + start for block, start in zip(blocks, starts[:-1], strict=True)]
     return CellBlock(
         np.concatenate([np.zeros(1, np.int64), *offsets]),
-        np.concatenate([narrowest(block.genes) for block in blocks]),
-        np.concatenate([narrowest(block.values) for block in blocks]),
+        np.concatenate([block.genes for block in blocks]),
+        np.concatenate([block.values for block in blocks]),
     )
 
 
@@ -160,7 +164,6 @@ def _copy_rows(
     values_out: NDArray,
 ) -> None:
     for i in range(len(rows)):
-        shift = starts[rows[i]] - offsets[i]
-        for at in range(offsets[i], offsets[i + 1]):
-            genes_out[at] = genes[at + shift]
-            values_out[at] = values[at + shift]
+        start, stop = starts[rows[i]], starts[rows[i] + 1]
+        genes_out[offsets[i] : offsets[i + 1]] = genes[start:stop]
+        values_out[offsets[i] : offsets[i + 1]] = values[start:stop]

@@ -58,7 +58,7 @@ def _deal_greedily(
                 while pack < n_packs - 1 and room[pack] < lengths[cell]:
                     pack += 1
             else:
-                pack = room.argmax()
+                pack = int(room.argmax())
             pack_of[cell] = pack
             room[pack] -= lengths[cell]
             fits = fits and room[pack] >= 0

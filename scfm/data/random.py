@@ -47,7 +47,7 @@ def draw32(start: int, index: int) -> int:
 @njit(nogil=True, cache=True)
 def below(word: int, n: int) -> int:
     """Map a 32-bit draw to range(n), n below 2**31; no value is likelier than another by more than n / 2**32."""
-    return np.int64((uint64(word) * uint64(n)) >> uint64(32))
+    return int((uint64(word) * uint64(n)) >> uint64(32))
 
 
 @njit(nogil=True, cache=True)
@@ -61,14 +61,13 @@ def _feistel(x: int, n: int, key: int) -> int:
         low_bits, high_bits = uint64(bits // 2), uint64(bits - bits // 2)
         for turn in range(FEISTEL_ROUNDS):
             low = word & ((uint64(1) << low_bits) - uint64(1))
-            high = word >> low_bits
-            noise = mix64(uint64(key) + uint64(turn) * GOLDEN + mix64(low + GOLDEN))
-            high ^= noise & ((uint64(1) << high_bits) - uint64(1))
+            noise = mix64(uint64(key) + (low * uint64(FEISTEL_ROUNDS) + uint64(turn)) * GOLDEN)
+            high = (word >> low_bits) ^ (noise & ((uint64(1) << high_bits) - uint64(1)))
             # the halves trade places; an even number of rounds restores their widths
             word = (low << high_bits) | high
             low_bits, high_bits = high_bits, low_bits
         if word < uint64(n):
-            return np.int64(word)
+            return int(word)
 
 
 @njit(nogil=True, cache=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -117,10 +118,15 @@ class Source(ABC):
         """
         values_per_cell = max(1, self.n_values // max(1, self.n_cells))
         rows = max(1, self.values_per_block // values_per_cell)
-        for first in range(0, self.n_cells, rows):
-            block = self.read(first, min(first + rows, self.n_cells))
-            self._check(block, first)
-            yield first, block
+        spans = [(first, min(first + rows, self.n_cells)) for first in range(0, self.n_cells, rows)]
+        # HDF5 inflates without holding the GIL, so the next block is read while this one is worked on.
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = [reader.submit(self.read, *span) for span in spans[:1]]
+            for i, (first, _) in enumerate(spans):
+                block = ahead.pop().result()
+                ahead += [reader.submit(self.read, *span) for span in spans[i + 1 : i + 2]]
+                self._check(block, first)
+                yield first, block
 
     def obs(self, name: str) -> ObsColumn | None:
         """Return an obs column as codes and categories, None where the source has none of that name.
@@ -209,7 +215,6 @@ class H5adSource(Source):
 
     def __init__(self, path: Path, accept_normalised: bool = False) -> None:
         import h5py
-        from anndata.io import read_elem
 
         self.label, self.accept_normalised = str(path), accept_normalised
         if not path.is_file():
@@ -219,13 +224,14 @@ class H5adSource(Source):
         with self._readable("the file"):
             self._file: h5py.File = h5py.File(path, "r")
         try:
-            self._open(read_elem)
+            self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, read_elem: Any) -> None:
+    def _open(self) -> None:
         import h5py
+        from anndata.io import read_elem
 
         held = self._file.get("raw", self._file)
         self.place = "X" if held is self._file else "raw.X"

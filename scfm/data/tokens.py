@@ -20,6 +20,10 @@ from scfm.data.store import CellBlock, CellStore, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
+Specials = tuple[int, int, float, float]  # number of genes, id of <cls>, its value, the value that hides
+Plans = tuple[NDArray, NDArray, NDArray, NDArray]  # per cell: first token, tokens, unknown genes, stream of draws
+Scratch = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
+
 
 @dataclass(frozen=True)
 class TokenConfig:
@@ -160,18 +164,27 @@ def _count_unknown(
 
 @njit(nogil=True, cache=True)
 def _split(
-    n: int, known: int, unknown: int, choice_stream: int, first: NDArray[np.uint32], second: NDArray[np.uint32]
+    n: int,
+    known: int,
+    unknown: int,
+    choice_stream: int,
+    chances: NDArray[np.uint32],
+    first: NDArray[np.uint32],
+    second: NDArray[np.uint32],
 ) -> None:
     """Draw which of n genes are known and which unknown, and list their places, ascending, in `first` and `second`.
 
     One pass decides each gene by the room that is left, so that the numbers come out exactly (selection sampling:
-    Knuth, The Art of Computer Programming, 3.4.2, algorithm S). Every gene is written to both lists and stays only
-    where its list moves on, because a branch would be mispredicted half the time; so a list needs one element of slack.
+    Knuth, The Art of Computer Programming, 3.4.2, algorithm S). The draws come first, in a loop that vectorises. Every
+    gene is written to both lists and stays only where its list moves on, because a branch would be mispredicted half
+    the time; so a list needs one element of slack.
     """
+    for t in range(n):
+        chances[t] = below(draw32(choice_stream, t), n - t)
     room_known, room = known, known + unknown
     at_known, at_unknown = 0, 0
     for t in range(n):
-        chance = below(draw32(choice_stream, t), n - t)
+        chance = int(chances[t])
         is_known, is_kept = int(chance < room_known), int(chance < room)
         first[at_known], second[at_unknown] = t, t
         room_known -= is_known
@@ -181,17 +194,34 @@ def _split(
 
 
 @njit(nogil=True, cache=True)
-def _write_cell(ids, bins, unknown, choice_stream, specials, scratch, genes, values, targets):  # type: ignore[no-untyped-def]
+def _scratch(most_genes: int, most_tokens: int) -> Scratch:
+    """Return the arrays that `_split` works in: the chances of a cell's genes, and the lists of its tokens."""
+    lists = np.empty((2, most_tokens), np.uint32)
+    return np.empty(most_genes, np.uint32), lists[0], lists[1]
+
+
+@njit(nogil=True, cache=True)
+def _write_cell(
+    ids: NDArray,
+    bins: NDArray,
+    unknown: int,
+    choice_stream: int,
+    specials: Specials,
+    scratch: Scratch,
+    genes: NDArray,
+    values: NDArray,
+    targets: NDArray,
+) -> None:
     """Fill the tokens of one cell: `<cls>`, then a random part of the genes as known, and another as unknown."""
     _, cls, cls_value, mask_value = specials
-    first, second = scratch
+    chances, first, second = scratch
     genes[0], values[0], targets[0] = cls, cls_value, cls_value
     known = len(genes) - 1 - unknown
     if known == len(ids):
         for t in range(known):
             genes[1 + t], values[1 + t], targets[1 + t] = ids[t], bins[t], bins[t]
         return
-    _split(len(ids), known, unknown, choice_stream, first, second)
+    _split(len(ids), known, unknown, choice_stream, chances, first, second)
     for j in range(known):
         t = first[j]
         genes[1 + j], values[1 + j], targets[1 + j] = ids[t], bins[t], bins[t]
@@ -202,11 +232,21 @@ def _write_cell(ids, bins, unknown, choice_stream, specials, scratch, genes, val
 
 
 @njit(nogil=True, cache=True)
-def _write_expressed(offsets, ids, rows, bin_starts, bins, plans, specials, genes, values, targets):  # type: ignore[no-untyped-def]
+def _write_expressed(
+    offsets: NDArray,
+    ids: NDArray,
+    rows: NDArray,
+    bin_starts: NDArray,
+    bins: NDArray,
+    plans: Plans,
+    specials: Specials,
+    genes: NDArray,
+    values: NDArray,
+    targets: NDArray,
+) -> None:
     """Write cells from their expressed genes."""
     starts, lengths, n_unknown, streams = plans
-    longest = lengths.max()
-    scratch = (np.empty(longest, np.uint32), np.empty(longest, np.uint32))
+    scratch = _scratch((offsets[rows + 1] - offsets[rows]).max(), lengths.max())
     for i in range(len(rows)):
         row = slice(offsets[rows[i]], offsets[rows[i] + 1])
         row_bins = bins[bin_starts[i] : bin_starts[i] + (row.stop - row.start)]
@@ -217,11 +257,21 @@ def _write_expressed(offsets, ids, rows, bin_starts, bins, plans, specials, gene
 
 
 @njit(nogil=True, cache=True)
-def _write_all(offsets, ids, rows, bin_starts, bins, plans, specials, genes, values, targets):  # type: ignore[no-untyped-def]
+def _write_all(
+    offsets: NDArray,
+    ids: NDArray,
+    rows: NDArray,
+    bin_starts: NDArray,
+    bins: NDArray,
+    plans: Plans,
+    specials: Specials,
+    genes: NDArray,
+    values: NDArray,
+    targets: NDArray,
+) -> None:
     """Write cells from every gene of the vocabulary; what is not expressed is in bin 0."""
     starts, lengths, n_unknown, streams = plans
-    longest = lengths.max()
-    scratch = (np.empty(longest, np.uint32), np.empty(longest, np.uint32))
+    scratch = _scratch(specials[0], lengths.max())
     every_gene = np.arange(specials[0])
     every_bin = np.empty(specials[0], np.uint16)
     for i in range(len(rows)):

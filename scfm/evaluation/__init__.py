@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Splits, scores, leakage, verdicts and reports: every method beside its baselines on the same held-out cells."""

@@ -26,6 +26,7 @@ def paired_bootstrap(
     n_labels: int,
     score: Callable[[NDArray], NDArray[np.float64]],
     *,
+    strata: Sequence[NDArray] | None = None,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -40,11 +41,20 @@ def paired_bootstrap(
         units: per split (n,) the unit of each cell.
         n_labels: L.
         score: maps confusion matrices (..., L, L + 1) to scores (...,).
+        strata: per split (n,) the group inside which a unit is exchanged for another, the same for all cells of a unit;
+            with the true types as strata a rare type cannot drop out of a resample and pull macro scores down.
     """
     from scipy.sparse import csr_matrix
 
     shape = (n_labels, n_labels + 1)
-    distinct, unit_of = np.unique(np.concatenate(units), return_inverse=True)
+    distinct, first_cell, unit_of = np.unique(np.concatenate(units), return_index=True, return_inverse=True)
+    group = np.concatenate(strata)[first_cell] if strata is not None else np.zeros(len(distinct))
+    # number the units group by group, so that a draw inside a group is an offset and a share of the group's size
+    rank = np.empty(len(distinct), dtype=np.int64)
+    rank[np.argsort(group, kind="stable")] = np.arange(len(distinct))
+    unit_of = rank[unit_of]
+    _, starts, sizes = np.unique(np.sort(group), return_index=True, return_counts=True)
+    start, size = np.repeat(starts, sizes), np.repeat(sizes, sizes)
     bounds = np.cumsum([0, *(len(codes) for codes in codes_a)])
 
     def by_unit(codes: NDArray[np.int64], split: int) -> csr_matrix:
@@ -63,8 +73,11 @@ def paired_bootstrap(
     n = len(distinct)
     chunk = max(1, 4_000_000 // n)  # keeps the weights of one round near 32 MB
     resampled = []
-    for start in range(0, n_resamples, chunk):
-        draws = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(min(chunk, n_resamples - start))]
+    for done in range(0, n_resamples, chunk):
+        draws = [
+            np.bincount(start + (rng.random(n) * size).astype(np.int64), minlength=n)
+            for _ in range(min(chunk, n_resamples - done))
+        ]
         resampled.append(difference(np.array(draws, dtype=np.float64)))
     low, high = np.percentile(np.concatenate(resampled), [2.5, 97.5])
     return Interval(float(difference(np.ones((1, n)))[0]), float(low), float(high), n)

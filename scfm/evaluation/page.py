@@ -153,7 +153,7 @@ def _difference_table(differences: Sequence[Difference]) -> str:
     )
     caption = (
         "<b>Table 2. Difference to the best baseline.</b> Model minus baseline; 95% paired bootstrap interval over "
-        f"{differences[0].interval.units:,} distinct held-out cells, fitted models held fixed."
+        f"{differences[0].interval.units:,} distinct held-out cells, resampled within types; fitted models held fixed."
     )
     return (
         f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Model</th><th class="text">Score</th>'

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,7 +143,11 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
         for k, name in enumerate(names[np.argsort(-counts)])
     }
     held_out = np.arange(len(labels)) >= n_train
-    with _figure(7.2, 3.1 + 0.17 * -(-len(look) // 3), len(embeddings)) as (figure, axes, drawn):
+    with _figure(7.2, 0.9 + 4.6 / len(embeddings) + 0.17 * -(-len(look) // 3), len(embeddings)) as (
+        figure,
+        axes,
+        drawn,
+    ):
         for axis, (title, embedding) in zip(axes, embeddings.items(), strict=True):
             points = umap_of(embedding)
             for name, (hue, marker) in look.items():
@@ -153,7 +158,7 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
                     strong[:, 0], strong[:, 1], s=20, color=hue, marker=marker, lw=0.5, edgecolor="white", zorder=3
                 )
             agreement = neighbour_agreement(embedding, labels, n_train)
-            axis.set_title(title)
+            axis.set_title(fill(title, 66 // len(embeddings)))
             axis.set_xlabel(f"neighbours of the same type: {agreement:.0%}", color=INK)
             axis.set(xticks=[], yticks=[])
             axis.spines[["left", "bottom"]].set_visible(False)
@@ -223,7 +228,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
         axis.set_ylim(-0.55, len(order) - 0.45)
         axis.set_xlabel("F1 on held-out cells")
         axis.spines["left"].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=4, columnspacing=1.8)
+        figure.legend(loc="outside upper center", ncols=4 if len(names) < 5 else 3, columnspacing=1.8)
     return drawn.getvalue()
 
 

@@ -117,14 +117,14 @@ def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -
         Figure(
             plots.score_dots(comparison, HEADLINE),
             "Scores by seed",
-            "A dot per seed, a bar at the mean; the model in bold.",
+            "A dot per seed, a bar at the mean; models in bold.",
         )
     ]
     embedded = [name for name in comparison.names("model") if name in comparison.embeddings][:2]
     if embedded:
         split = comparison.splits[0]
         rows = [*split.train, *split.test]
-        panels = {f"{name}: cell embedding": comparison.embeddings[name] for name in embedded}
+        panels = {f"{name}, cell embedding": comparison.embeddings[name] for name in embedded}
         panels["PCA of log expression"] = comparison.embeddings[KNNOnPCA.name]
         drawn.append(
             Figure(

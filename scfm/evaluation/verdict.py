@@ -62,7 +62,7 @@ def capitalised(name: str) -> str:
 
 
 def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Difference:
-    """Compare a model with the baseline of the best mean score, by a paired bootstrap over held-out cells.
+    """Compare a model with the baseline of the best mean score, by a paired bootstrap over held-out cells within types.
 
     Raises ScfmError where the comparison holds no baseline.
     """
@@ -79,7 +79,14 @@ def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Di
         ]
         for runs in (mine, theirs)
     ]
-    interval = paired_bootstrap(codes[0], codes[1], held_out, len(labels), FROM_CONFUSION[metric])
+    interval = paired_bootstrap(
+        codes[0],
+        codes[1],
+        held_out,
+        len(labels),
+        FROM_CONFUSION[metric],
+        strata=[comparison.truth[test] for test in held_out],
+    )
     ahead = sum(a.scores.values[metric] > b.scores.values[metric] for a, b in zip(mine, theirs, strict=True))
     return Difference(model, baseline, metric, interval, ahead, len(mine))
 

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
-from scfm.model import onednn
 
 Mode = Literal["generative", "full"]
 aten = torch.ops.aten
@@ -46,11 +45,6 @@ class Run:
     @property
     def stop(self) -> int:
         return self.start + self.cells * self.length
-
-    @property
-    def long(self) -> bool:
-        """Whether the products are large enough to be worth a call each."""
-        return self.length >= 192 and self.keys >= 96
 
     def heads_first(self, x: Tensor) -> Tensor:
         """View the run's rows of a packed tensor, (T, H, ...) -> (cells, H, length, ...)."""
@@ -102,30 +96,28 @@ class AttentionLayout:
 
 
 class _FlashCPU(torch.autograd.Function):
-    """A CPU kernel's attention over the visible keys, merged with each unknown gene's self key."""
+    """torch's CPU flash kernels on the visible keys, merged with each unknown gene's self key."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         exact = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         out = qkv.new_empty(len(qkv), *qkv.shape[2:])  # (T, H, d)
         lse = qkv.new_empty(out.shape[:2], dtype=exact)  # (T, H)
-        p_self = torch.zeros_like(lse)
+        p_self = torch.empty_like(lse)  # (T, H), on unknown rows only
         for run in layout.runs:
             q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
-            o, total, m = run.heads_first(out), run.heads_first(lse), run.keys
-            if run.long and onednn.usable(qkv):
-                onednn.attention_forward(q, k[:, :, :m], v[:, :, :m], scale, o, total)
-            else:
-                flash = aten._scaled_dot_product_flash_attention_for_cpu
-                for mine, theirs in zip((o, total), flash(q, k[:, :, :m], v[:, :, :m], scale=scale), strict=True):
-                    mine.copy_(theirs)
+            m = run.keys
+            o, total = aten._scaled_dot_product_flash_attention_for_cpu(q, k[:, :, :m], v[:, :, :m], scale=scale)
             if m < run.length:
-                o, total, p = o[:, :, m:], total[:, :, m:], run.heads_first(p_self)[:, :, m:]
                 s = (q[:, :, m:].to(exact) * k[:, :, m:]).sum(-1).mul_(scale)  # (cells, H, unknown)
-                known = total.clone()
-                torch.logaddexp(known, s, out=total)
-                p.copy_(s.sub_(total).exp_())
-                o.mul_(known.sub_(total).exp_().unsqueeze(-1)).add_(p.unsqueeze(-1) * v[:, :, m:])
+                known = total[:, :, m:].clone()
+                total[:, :, m:] = torch.logaddexp(known, s)
+                p = s.sub_(total[:, :, m:]).exp_()
+                share = known.sub_(total[:, :, m:]).exp_()
+                o[:, :, m:].mul_(share.unsqueeze(-1)).add_(p.unsqueeze(-1) * v[:, :, m:])
+                run.heads_first(p_self)[:, :, m:] = p
+            run.heads_first(out).copy_(o)
+            run.heads_first(lse).copy_(total)
         ctx.save_for_backward(qkv, out, lse, p_self)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -133,24 +125,21 @@ class _FlashCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         qkv, out, lse, p_self = ctx.saved_tensors
-        layout, scale, d_out, d_qkv = ctx.layout, ctx.scale, grads[0].contiguous(), torch.empty_like(qkv)
-        for run in layout.runs:
+        d_out, d_qkv = grads[0].contiguous(), torch.empty_like(qkv)
+        for run in ctx.layout.runs:
             q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
             dq, dk, dv = (run.heads_first(x) for x in d_qkv.unbind(1))
-            do, o, p, m = run.heads_first(d_out), run.heads_first(out), run.heads_first(p_self), run.keys
-            visible, d_visible = (k[:, :, :m], v[:, :, :m]), (dq, dk[:, :, :m], dv[:, :, :m])
-            if run.long and onednn.usable(qkv):
-                onednn.attention_backward(do, q, *visible, o, 1 - p, scale, d_visible)
-            else:
-                flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-                theirs = flash(do, q, *visible, o, run.heads_first(lse), 0.0, False, scale=scale)
-                for mine, their in zip(d_visible, theirs, strict=True):
-                    mine.copy_(their)
+            do, o, m = run.heads_first(d_out), run.heads_first(out), run.keys
+            known = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                do, q, k[:, :, :m], v[:, :, :m], o, run.heads_first(lse), 0.0, False, scale=ctx.scale
+            )
+            for mine, theirs in zip((dq, dk[:, :, :m], dv[:, :, :m]), known, strict=True):
+                mine.copy_(theirs)
             if m < run.length:
                 q, k, v, do, o = (x[:, :, m:] for x in (q, k, v, do, o))
-                p = p[:, :, m:].unsqueeze(-1)  # (cells, H, unknown, 1)
+                p = run.heads_first(p_self)[:, :, m:].unsqueeze(-1)  # (cells, H, unknown, 1)
                 do = do.to(p.dtype)
-                ds = (do * v - do * o).sum(-1, keepdim=True) * p * scale
+                ds = (do * v - do * o).sum(-1, keepdim=True) * p * ctx.scale
                 dq[:, :, m:] += ds * k
                 dk[:, :, m:] = ds * q
                 dv[:, :, m:] = p * do

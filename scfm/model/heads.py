@@ -60,8 +60,9 @@ class CellValueDecoder(nn.Module):
         query = torch.sigmoid(self.query(genes))
         if self.out is None:
             # <W q, c> = <q, W^T c>: one product per cell instead of one per gene
-            return (query * F.linear(cells, self.project.weight.t())[cell_of_gene]).sum(-1)
-        return self.out(self.project(query) * cells[cell_of_gene])
+            cells = F.linear(cells, self.project.weight.t())
+            return (query * cells.index_select(0, cell_of_gene)).sum(-1)
+        return self.out(self.project(query) * cells.index_select(0, cell_of_gene))
 
 
 class ClassDecoder(nn.Module):

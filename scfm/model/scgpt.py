@@ -76,7 +76,7 @@ class Backbone(nn.Module):
     def pool(self, tokens: Tensor, batch: PackedBatch) -> Tensor:
         """Return the cell embeddings, (T, D) -> (N, D)."""
         if self.config.cell_embedding == "cls":
-            return tokens[batch.cu_seqlens[:-1].long()]
+            return tokens.index_select(0, batch.cu_seqlens[:-1].long())
         weighted = self.config.cell_embedding == "weighted"
         weights = batch.values.to(tokens.dtype) if weighted else torch.ones_like(batch.values, dtype=tokens.dtype)
         weights = weights.masked_fill(batch.unknown_mask, 0)  # (T,)
@@ -132,15 +132,17 @@ class ScGPT(nn.Module):
         cells = self.backbone.pool(tokens, batch)
         output = ModelOutput(tokens, cells, {})
         where, cell_of_gene = batch.predicted, batch.cell_of_token[batch.predicted]  # (U,), (U,)
-        condition = self.backbone.condition(batch)
+        condition = self.backbone.condition(batch)  # (N, D)
         for task, head in self.heads.items():
             kind = self.specs[task].kind
             if kind == "gep":
-                read = tokens[where] if condition is None else torch.cat([tokens[where], condition[cell_of_gene]], -1)
+                read = tokens.index_select(0, where)  # (U, D)
+                if condition is not None:
+                    read = torch.cat([read, condition.index_select(0, cell_of_gene)], -1)
                 output.predictions[task] = head(read)
             elif kind == "gepc" and cell_prompt is None:
                 joined = cells if condition is None else torch.cat([cells, condition], -1)
-                output.predictions[task] = head(genes[where], joined, cell_of_gene)
+                output.predictions[task] = head(genes.index_select(0, where), joined, cell_of_gene)
             elif kind == "cls" and cell_prompt is None:
                 output.predictions[task] = head(cells)
         return output

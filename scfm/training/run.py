@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from torch import nn
 
-from scfm.baselines.mean_value import mean_value_losses
+from scfm.baselines.mean_value import baselines_of, mean_value_losses
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.conditions import read_gene_condition
@@ -118,27 +118,28 @@ def fit(job: Job, run: RunDirectory) -> Path:
     best = best_checkpoint(run.checkpoints)
     progress = Progress(run.log, recipe.trainer.log_every_n_steps)
     callbacks = [progress, newest, *([best] if validates else [])]
-    loggers = [MetricsCsv(run.metrics, run.resume_step), *wandb_loggers(recipe, run)]
+    metrics = MetricsCsv(run.metrics, run.resume_step)
+    loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
-    baselines: dict[str, float] = {}
-    if rank_zero_only.rank == 0:
+    if trainer.is_global_zero:
         progress.say(trainer, opening_line(job, trainer))
-        if validates and any(objective.name == "gep" for objective in job.objectives):
-            baselines = mean_value_losses(data, n_genes=len(job.store.vocabulary))
+        if validates and run.resume_from is None and any(objective.name == "gep" for objective in job.objectives):
+            metrics.log_metrics(mean_value_losses(data, n_genes=len(job.store.vocabulary)), step=0)
     trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
     if trainer.is_global_zero:
-        export(job, run, baselines, best.best_model_path)
+        export(job, run, best.best_model_path)
         progress.say(trainer, f"model: {run.model}")
     return run.model
 
 
-def export(job: Job, run: RunDirectory, baselines: dict[str, float], best: str) -> None:
-    """Write the native model directory, the loss curves and the cards."""
+def export(job: Job, run: RunDirectory, best: str) -> None:
+    """Write the native model directory with the best weights (the last ones without validation), plots and card."""
     if best:
         weights = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
         job.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
     metrics = read_metrics(run.metrics)
-    loss_curves(metrics, run.plots / "losses.png", baselines=baselines)
+    baselines = baselines_of(metrics)
+    loss_curves(metrics, run.plots / "losses.png", baselines)
     job.files.card = model_card(job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters()))
     run.card.write_text(job.files.card, encoding="utf-8")
     save_model(run.model, job.network, job.files, replace=True)

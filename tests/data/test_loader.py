@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def store() -> CellStore:
         dense[-1] *= n != 30
         rows, genes = dense.nonzero()
         offsets = np.searchsorted(rows, np.arange(n + 1)).astype(np.int32)
-        blocks.append(CellBlock(offsets, genes.astype(np.uint8), dense[rows, genes].astype(np.uint8)))
+        blocks.append(CellBlock(offsets, genes.astype(np.uint16), dense[rows, genes].astype(np.uint16)))
     return CellStore(VOCABULARY, "counts", blocks)
 
 
@@ -199,7 +200,7 @@ def test_threads_end_with_the_iterator(store: CellStore, end: str) -> None:
     next(batches)
     assert running()
     if end == "close":
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     del batches
     gc.collect()
     assert not running()
@@ -225,6 +226,33 @@ def test_waiting_is_measured(store: CellStore, monkeypatch: pytest.MonkeyPatch) 
     assert loader.wait_seconds == 0
     list(loader.batches(0))
     assert 0.15 < loader.wait_seconds < 5
+
+
+@pytest.mark.realdata
+def test_real_cells_are_binned_like_numpy_does(shared: Path) -> None:
+    import anndata
+
+    from scfm.data.sources import H5adSource, store_from_anndata
+
+    path = shared / "data/pretrain/pbmc1k_v2_10x.h5ad"
+    with H5adSource(path) as source:
+        vocabulary = Vocabulary.from_genes(source.gene_list())
+    adata = anndata.read_h5ad(path)[:150].copy()
+    store = store_from_anndata(adata, vocabulary)
+    assert store.value_kind == "counts"
+    tokeniser = Tokeniser(TokenConfig(max_genes=20_000, mask_ratios=(0.5,)), vocabulary, store.value_kind)
+    order = CellOrder(range(150), 64, seed=0, shuffle=False)
+    seen = 0
+    for packs in PackLoader(store, order, tokeniser, tokens_per_pack=20_001, threads=2).batches(0):
+        for pack in packs:
+            assert pack.targets is not None
+            for row, targets in zip(pack.cell_id.tolist(), pack.targets.split(pack.lengths.tolist()), strict=True):
+                counts = adata.X[row].toarray()[0]
+                counts = counts[counts > 0]
+                bins = np.digitize(counts, np.quantile(counts.astype(float), np.linspace(0, 1, 50)))
+                assert sorted(targets[1:].tolist()) == sorted(bins.tolist())
+                seen += 1
+    assert seen == 150
 
 
 @pytest.mark.parametrize("key", ["threads", "prefetch"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from scfm.data import prepare as prepare_module
+from scfm.data import shuffle as shuffle_module
+from scfm.data import sources as sources_module
 from scfm.data.hashing import load_hashes
 from scfm.data.prepare import ALL_ZERO, NOT_PRIMARY, prepare
 from scfm.data.shards import open_shards, read_manifest, verify_shards
@@ -149,13 +153,30 @@ def test_very_wide_cells_make_smaller_shards(files: Path, tmp_path: Path, monkey
     assert [block.n_cells for block in open_shards(tmp_path / "out").blocks] == [10, 10]
 
 
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module.Source, "values_per_block", 20_000)
+    monkeypatch.setattr(shuffle_module, "VALUES_HELD", 40_000)
+    rng = np.random.default_rng(0)
+    var = pd.DataFrame(index=[f"G{i}" for i in range(200)])
+    prepare([source(tmp_path / "first.h5ad", np.ones((50, 200)), var)], tmp_path / "first")  # loads what others share
+    peaks = []
+    for n in (2_000, 8_000):
+        path = source(tmp_path / f"{n}.h5ad", rng.poisson(1.0, (n, 200)).astype(np.float32), var)
+        tracemalloc.start()
+        prepare([path], tmp_path / f"out{n}", cells_per_shard=400)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0]  # a few bytes per cell: obs codes and hashes
+    assert peaks[1] < path.stat().st_size / 5
+
+
 # -- bad input: a named error, and nothing is left behind
 
 
-def refused(tmp_path: Path, sources: list[Path], complaint: str, **options: object) -> None:
+def refused(tmp_path: Path, sources: list[Path], complaint: str, **options: Any) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ScfmError, match=complaint):
-        prepare(sources, tmp_path / "out", **options)  # type: ignore[arg-type]
+        prepare(sources, tmp_path / "out", **options)
     assert sorted(tmp_path.rglob("*")) == before
 
 

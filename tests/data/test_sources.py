@@ -52,7 +52,7 @@ def read_all(source: sources.Source) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", [csr_matrix, csc_matrix, np.asarray])
-@pytest.mark.parametrize("values_per_block", [1, 50, 10_000])
+@pytest.mark.parametrize("values_per_block", [7, 50, 10_000])
 def test_any_layout_in_any_block_size_gives_the_same_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: type, values_per_block: int
 ) -> None:
@@ -111,6 +111,15 @@ def test_an_anndata_view_and_an_empty_anndata_are_read() -> None:
 def test_an_obs_column_that_is_not_there_is_named() -> None:
     with pytest.raises(ScfmError, match=r"no obs column donor; it has cell_type"):
         store_from_anndata(annotated(counts()), VOCABULARY, obs_columns=["donor"])
+
+
+@pytest.mark.parametrize("layout", [csr_matrix, np.asarray])
+def test_a_backed_anndata_is_read(tmp_path: Path, layout: type) -> None:
+    adata = annotated(layout(counts()))
+    adata.raw = adata.copy()
+    adata.X = layout(np.log1p(counts()))
+    backed = ad.read_h5ad(written(adata, tmp_path / "a.h5ad"), backed="r")
+    np.testing.assert_array_equal(dense_of(store_from_anndata(backed, VOCABULARY)), counts())
 
 
 # -- values that are no counts
@@ -221,6 +230,47 @@ def test_a_matrix_that_contradicts_itself_is_named(tmp_path: Path, layout: type,
         file[f"X/{part}"][3] = 10**6
     with pytest.raises(ScfmError, match=rf"a\.h5ad: X is damaged: {complaint}"), H5adSource(path) as source:
         read_all(source)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("shape", [N_CELLS, N_GENES + 1], "X is 40 x 13, but obs and var tell of 40 cells and 12 genes"),
+        ("encoding-type", "awkward-array", "X is stored as 'awkward-array'; CSR, CSC and dense are known"),
+    ],
+)
+def test_a_matrix_of_another_shape_or_kind_is_named(tmp_path: Path, key: str, value: object, complaint: str) -> None:
+    path = written(annotated(csr_matrix(counts())), tmp_path / "a.h5ad")
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs[key] = value
+    with pytest.raises(ScfmError, match=complaint):
+        H5adSource(path)
+
+
+def test_files_of_anndata_before_0_7_are_named(tmp_path: Path) -> None:
+    path = written(annotated(csr_matrix(counts())), tmp_path / "a.h5ad")
+    with h5py.File(path, "r+") as file:
+        del file["obs"]
+        file["obs"] = np.zeros(N_CELLS, [("index", "S4")])
+    with pytest.raises(ScfmError, match=r"a\.h5ad: written by an anndata before 0\.7; read it"):
+        H5adSource(path)
+
+
+@pytest.mark.filterwarnings("ignore::anndata.OldFormatWarning")
+def test_categories_of_anndata_0_7_are_read(tmp_path: Path) -> None:
+    path = written(annotated(csr_matrix(counts())), tmp_path / "a.h5ad")
+    with h5py.File(path, "r+") as file:
+        obs = file["obs"]
+        codes, categories = obs["cell_type/codes"][:], obs["cell_type/categories"].asstr()[:]
+        del obs["cell_type"]
+        obs["cell_type"] = codes
+        obs.create_group("__categories").create_dataset("cell_type", data=categories.astype(object))
+        obs["cell_type"].attrs["categories"] = obs["__categories/cell_type"].ref
+        obs.attrs["encoding-version"] = "0.1.0"
+    with H5adSource(path) as source:
+        column = source.obs("cell_type")
+    assert column is not None
+    assert (column.categories, column.codes[:4].tolist()) == (["B", "T"], [0, -1, 1, 1])
 
 
 def test_no_gene_matched_shows_what_was_seen_and_what_was_expected() -> None:

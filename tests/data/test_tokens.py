@@ -126,7 +126,7 @@ def test_a_cell_has_the_same_tokens_alone_among_others_and_in_any_blocks(cells: 
 def test_blocks_may_store_different_types(cells: np.ndarray) -> None:
     small = np.minimum(cells, 200)
     block = store_of(small[:20]).blocks[0]
-    narrow = CellBlock(block.offsets.astype(np.int64), block.genes.astype(np.uint32), block.values.astype(np.uint8))
+    narrow = CellBlock(block.offsets, block.genes.astype(np.uint32), block.values.astype(np.uint8))
     mixed = CellStore(VOCABULARY, "counts", [narrow, store_of(small[20:]).blocks[0]])
     config = TokenConfig(max_genes=100)
     for one, other in zip(

@@ -59,6 +59,16 @@ def test_units_that_fail_together_widen_the_interval() -> None:
     assert by_donor.high - by_donor.low > 2 * (by_cell.high - by_cell.low)
 
 
+def test_within_strata_a_rare_type_never_drops_out() -> None:
+    truth = np.array(["A"] * 50 + ["B"])
+    right, wrong = confusion_codes(truth, truth, LABELS), confusion_codes(truth, ["A"] * 51, LABELS)
+    recall = FROM_CONFUSION["macro_recall"]
+    within = paired_bootstrap([right], [wrong], [np.arange(51)], 2, recall, strata=[truth])
+    assert (within.low, within.high) == (0.5, 0.5)
+    # without strata the only cell of type B is often not drawn, and then both methods score nothing on it
+    assert paired_bootstrap([right], [wrong], [np.arange(51)], 2, recall).low == 0
+
+
 def test_a_method_against_itself_differs_by_nothing() -> None:
     a = predictions(0.3, seed=1)
     found = paired_bootstrap([a], [a], [np.arange(N)], 2, FROM_CONFUSION["macro_f1"])

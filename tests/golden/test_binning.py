@@ -19,7 +19,7 @@ def bins_of(row: np.ndarray, n_bins: int, spread_ties: bool = False, stream: int
     expressed = np.flatnonzero(row)
     bins, one = np.empty(len(expressed), np.uint16), np.zeros(1, np.int64)
     kernel = bin_reals if row.dtype.kind == "f" else bin_counts
-    offsets, streams = np.array([0, len(expressed)]), np.array([stream], np.uint64)
+    offsets, streams = np.array([0, len(expressed)], np.int32), np.array([stream], np.uint64)
     kernel(offsets, row[expressed], one, np.linspace(0, 1, n_bins - 1), spread_ties, streams, one, bins)
     dense = np.zeros(len(row), np.int64)
     dense[expressed] = bins

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scfm.errors import ScfmError
 from scfm.model.layers import Dropout, Linear
 
 
@@ -69,6 +70,11 @@ def test_dropout_is_seeded_and_off_in_evaluation() -> None:
     assert not torch.equal(first, second)
     assert torch.equal(layer.eval()(x), x)
     assert torch.equal(layer(x, residual=x), x + x)
+
+
+def test_dropout_of_everything_is_refused() -> None:
+    with pytest.raises(ScfmError, match=r"model.dropout: 1.0 must lie in \[0, 1\)"):
+        Dropout(1.0)
 
 
 def test_torch_is_used_for_other_types() -> None:

@@ -22,7 +22,7 @@ def bins_of(row: np.ndarray, n_bins: int, spread_ties: bool, stream: int) -> np.
     kernel = bin_reals if row.dtype.kind == "f" else bin_counts
     bins, one = np.empty(len(row), np.uint16), np.zeros(1, np.int64)
     streams = np.array([stream], np.uint64)
-    kernel(np.array([0, len(row)]), row, one, np.linspace(0, 1, n_bins - 1), spread_ties, streams, one, bins)
+    kernel(np.array([0, len(row)], np.int32), row, one, np.linspace(0, 1, n_bins - 1), spread_ties, streams, one, bins)
     return bins
 
 
@@ -51,7 +51,9 @@ def store_of(rows: list[dict[int, int]]) -> CellStore:
     genes = [gene for row in rows for gene in sorted(row)]
     values = [row[gene] for row in rows for gene in sorted(row)]
     offsets = np.cumsum([0] + [len(row) for row in rows]).astype(np.int32)
-    return CellStore(VOCABULARY, "counts", [CellBlock(offsets, np.array(genes, np.uint8), np.array(values, np.uint32))])
+    return CellStore(
+        VOCABULARY, "counts", [CellBlock(offsets, np.array(genes, np.uint16), np.array(values, np.uint32))]
+    )
 
 
 def tokens_of(config: TokenConfig, rows: list[dict[int, int]], keys: list[int], epoch: int) -> list[tuple]:

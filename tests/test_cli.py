@@ -1,0 +1,78 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cells import write_cells
+
+from scfm.cli import VERBS, function, main, verb_parser
+from scfm.version import __version__
+
+
+def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in VERBS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"scfm {__version__}\n"
+
+
+def test_an_unknown_verb_is_an_error_that_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert "'pretrian' is not a verb; choose one of demo, prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_describes_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"scfm {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("pretrain", "finetune")])
+def test_every_option_of_a_verb_has_a_description(verb: str) -> None:
+    parser, _ = verb_parser(verb, "", function(VERBS[verb][0]))
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_bad_input_is_one_message_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scfm.cli", "embed", "cells.h5ad", "--model", "nowhere", "--out", "out.h5ad"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "scfm: cells.h5ad: cannot be read as h5ad (FileNotFoundError: [Errno 2] Unable to synchronously open file "
+        "(unable to open file: name = 'cells.h5ad', errno = 2, error message = 'No such file or directory', flags = 0, "
+        "o_flags = 0))"
+    ] or done.stderr.startswith("scfm: cells.h5ad: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = write_cells(tmp_path / "cells.h5ad", n=6)
+    before = cells.read_bytes()
+    assert main(["embed", str(cells), "--model", str(tmp_path), "--out", str(cells)]) == 2
+    assert "exists already and is left as it is" in capsys.readouterr().err
+    assert cells.read_bytes() == before
+
+
+def test_importing_scfm_is_light() -> None:
+    heavy = "torch lightning scanpy anndata wandb jax numba sklearn matplotlib datasets jsonargparse"
+    code = f"import sys, scfm, scfm.cli; print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_loading_a_model_needs_no_training_library() -> None:
+    heavy = "lightning scanpy wandb jax sklearn matplotlib datasets"
+    code = f"import sys, scfm; scfm.load; print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
