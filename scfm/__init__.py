@@ -1,8 +1,8 @@
 """scfm: train, fine-tune, score and export single-cell foundation models.
 
-    import scfm
-    model = scfm.load("runs/quickstart/model")
-    adata = model.embed(adata)
+import scfm
+model = scfm.load("runs/quickstart/model")
+adata = model.embed(adata)
 """
 
 from __future__ import annotations

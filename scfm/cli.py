@@ -48,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """Return the verbs, a line each."""
     lines = [f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items()]
-    return "\n".join(
-        ["usage: scfm VERB ...", "", "Single-cell foundation models: train, fine-tune, score and export.", "", *lines]
-        + ["", "scfm VERB --help shows the options of a verb."]
-    )
+    purpose = "Single-cell foundation models: train, fine-tune, score and export."
+    return "\n".join(["usage: scfm VERB ...", "", purpose, "", *lines, "", "scfm VERB --help shows its options."])
 
 
 def run(verb: str, arguments: Sequence[str]) -> None:
@@ -74,7 +72,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
 def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[ArgumentParser, str | None]:
     """Return a parser made from a function's signature, and the name of its positional argument.
 
-    A first parameter without a default is the positional one (several values where it is a list); all others are options.
+    A first parameter without a default is the positional one (several values where it is a list), the others are options.
     """
     from jsonargparse import ArgumentParser
 

@@ -103,8 +103,8 @@ class PretrainedModel:
 
         assert head.labels is not None
         probabilities = softmax(logits, axis=1)  # (N, C)
-        codes = probabilities.argmax(axis=1)
-        adata.obs[head.task] = pd.Categorical.from_codes(codes, categories=head.labels)
+        best = np.array(head.labels, dtype=object)[probabilities.argmax(axis=1)]
+        adata.obs[head.task] = pd.Categorical(best, categories=head.labels)
         adata.obs[f"{head.task}_probability"] = probabilities.max(axis=1)
         adata.obsm[f"{head.task}_probabilities"] = probabilities
 
@@ -129,9 +129,7 @@ class PretrainedModel:
 
     def store(self, adata: AnnData) -> CellStore:
         """Return the cells in the model's vocabulary."""
-        return store_from_anndata(
-            adata, self.files.vocabulary, accept_normalised=self.files.value_kind == "normalised"
-        )
+        return store_from_anndata(adata, self.files.vocabulary, accept_normalised=self.files.value_kind == "normalised")
 
     def outputs(self, store: CellStore, tokens_per_pack: int) -> Iterator[tuple[PackedBatch, Any]]:
         """Yield packs of all cells in turn, nothing hidden, with the network's outputs for them.
@@ -147,6 +145,8 @@ class PretrainedModel:
             CellOrder(range(store.n_cells), CELLS_PER_BATCH, seed=tokens.seed, shuffle=False),
             Tokeniser(tokens, self.files.vocabulary, store.value_kind),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
+            # conditions join after the transformer, for value decoders alone: embeddings and labels do not depend on them
+            cell_conditions={name: np.full(store.n_cells, -1) for name in self.files.cell_conditions},
             keys=keys,
         )
         self.network.to(self.device)

@@ -1,6 +1,6 @@
 """The recipe: one typed schema for every run, read from YAML, overridden from the command line, saved with the run.
 
-The dataclasses below are the single source of names, types, defaults and help texts; `scfm pretrain --help` prints them.
+The dataclasses below are the single source of names, types, defaults and help texts, which `scfm pretrain --help` shows.
 Classes are named by registered names (`model.name: scgpt`), never by import path, so a recipe cannot execute code.
 """
 
@@ -23,13 +23,13 @@ class DataConfig:
 
     Args:
         shards: Shard directory written by `scfm prepare`.
-        genes: `expressed` reads the non-zero genes of each cell; `all` reads every gene of the vocabulary, zeros included.
+        genes: `expressed` reads the non-zero genes of each cell; `all` every gene of the vocabulary, zeros included.
         max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
-        tokens_per_pack: Most tokens in one forward pass on one device; a global batch is split into as many packs as needed.
-        fill_packs: Fill every pack to `tokens_per_pack` with a pseudo-cell so that shapes never change (GPUs, torch.compile).
-        n_bins: Number of value bins; bin 0 is zero expression, bins 1 to n_bins - 1 are quantiles of the cell's non-zero values.
-        tie_policy: Where equal values fall: `left` (all into the same, highest bin; repeatable), or `random` (spread, keyed by cell).
+        tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
+        fill_packs: Fill every pack to `tokens_per_pack` with a pseudo-cell so that shapes never change (GPUs).
+        n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values.
+        tie_policy: Where equal values fall: `left` (all into their highest bin), or `random` (spread, keyed by cell).
         mask_ratios: A cell's share of unknown genes is drawn from these, e.g. [0.25, 0.5, 0.75]; [0] hides nothing.
         cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
         mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
@@ -67,14 +67,14 @@ class ModelConfig:
         layers: Transformer blocks.
         hidden: Width of the feed-forward layer (scGPT: the same as the width).
         dropout: Dropout of the value encoder and of both residual branches of a block.
-        norm: `post` (the published models), or `pre`, scGPT's own variant in which the residual carries the normalised input.
+        norm: `post` (the published models), or `pre`, scGPT's variant whose residual carries the normalised input.
         activation: Activation of the feed-forward layer.
-        value_encoder: `continuous` (an MLP of the value), `category` (an embedding per bin) or `scaling` (the gene embedding times the value).
-        attention: `generative` (unknown genes see the known ones and themselves), or `full` (every token sees every token of its cell).
-        unknown_output_projection: Whether unknown genes pass the attention's output projection; scGPT's published weights expect false.
+        value_encoder: `continuous` (MLP of the value), `category` (embedding per bin) or `scaling` (gene times value).
+        attention: `generative` (unknown genes see the known ones and themselves) or `full` (all tokens of a cell).
+        unknown_output_projection: Whether unknown genes pass the output projection; scGPT's weights expect false.
         backend: Attention backend; `auto` picks the fastest that the device has.
-        cell_embedding: What stands for the cell: the `<cls>` token, the mean of the known tokens, or their value-weighted sum (L2-normalised).
-        cell_conditions: obs columns (batch, modality ...) whose embeddings join the transformer's output before the decoders.
+        cell_embedding: The `<cls>` token, the mean of the known tokens, or their value-weighted sum (L2-normalised).
+        cell_conditions: obs columns (batch, modality ...) whose embeddings join the output before the value decoders.
     """
 
     name: str = "scgpt"
@@ -100,7 +100,7 @@ class ObjectiveConfig:
     Args:
         name: Registered objective: gep, gepc, cell_prompt, ecs, cls.
         weight: Its factor in the sum.
-        loss: For value predictions, `mse` over bins (the released code) or `cross_entropy` over bins (the paper's formula).
+        loss: For values, `mse` over bins (the released code) or `cross_entropy` over bins (the paper's formula).
         threshold: For ecs, the similarity above which cells are drawn together, and below which they are pushed apart.
         start_step: First optimizer step in which the term counts.
     """
@@ -142,7 +142,7 @@ class TrainerConfig:
     """Options of `lightning.Trainer`, by its own names.
 
     Gradient accumulation and clipping are not among them: they follow from `data.cells_per_batch`,
-    `data.tokens_per_pack` and `optimizer.clip`. Callbacks, loggers and plugins are objects and cannot stand in a recipe.
+    `data.tokens_per_pack` and `optimizer.clip`. Callbacks, loggers and plugins are objects, not values of a recipe.
     """
 
     accelerator: str = "auto"
@@ -223,7 +223,7 @@ class TaskConfig:
 
 @dataclass
 class Recipe:
-    """Everything that defines a run. `from` (in Python: `from_model`) names the model directory that fine-tuning starts from."""
+    """Everything that defines a run; `from_model` stands under `from` in YAML: where fine-tuning starts."""
 
     seed: int = 0
     out: str = "runs/run"
@@ -261,7 +261,7 @@ def check(recipe: Recipe) -> None:
         (data.max_genes >= 1, f"data.max_genes: {data.max_genes} must be at least 1"),
         (
             data.tokens_per_pack > data.max_genes,
-            f"data.tokens_per_pack: {data.tokens_per_pack} cannot hold one cell of data.max_genes {data.max_genes} genes and <cls>",
+            f"data.tokens_per_pack: {data.tokens_per_pack} cannot hold one cell of {data.max_genes} genes and <cls>",
         ),
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
         (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
@@ -274,9 +274,10 @@ def check(recipe: Recipe) -> None:
     hides = any(int(ratio * data.max_genes) > 0 for ratio in data.mask_ratios)
     for name in ("gep", "gepc", "cell_prompt"):
         if name in names and not hides:
-            wrong.append(f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none")
+            wrong.append(
+                f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none"
+            )
     if model.value_encoder == "scaling" and model.attention == "full" and hides:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
     if wrong:
         raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
-

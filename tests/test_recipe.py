@@ -39,7 +39,9 @@ def test_the_whole_human_recipe_has_the_published_sizes() -> None:
 
 
 def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = read_recipe(bundled("finetune/annotation.yaml"), {"from": "some/model", "optimizer": {"betas": [0.8, 0.9]}})
+    recipe = read_recipe(
+        bundled("finetune/annotation.yaml"), {"from": "some/model", "optimizer": {"betas": [0.8, 0.9]}}
+    )
     recipe.save(tmp_path / "recipe.yaml")
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
 

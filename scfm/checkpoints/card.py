@@ -94,7 +94,9 @@ def validation_section(metrics: Sequence[tuple[int, str, float]], baselines: dic
         return ["## Validation", "No cells were held out.", ""]
     step = min(losses)[1]
     lines = [f"## Validation (held-out cells, step {step:,}, the one exported)", "| metric | value |", "|---|---|"]
-    at_best = {name.removeprefix("valid/"): value for s, name, value in metrics if s == step and name.startswith("valid/")}
+    at_best = {
+        name.removeprefix("valid/"): value for s, name, value in metrics if s == step and name.startswith("valid/")
+    }
     lines += [f"| {name} | {value:.4g} |" for name, value in at_best.items()]
     lines += [f"| baseline: predict the {name}, MSE | {value:.4g} |" for name, value in baselines.items()]
     lines.append("")

@@ -1,11 +1,11 @@
 """The native model directory: what a trained model is, in files that anything can read.
 
-    config.json          sizes, tokenisation, value kind, heads
-    vocab.json           the genes
-    model.safetensors    backbone.* and heads.<task>.*
-    conditions.json      the names behind batch, modality and perturbation indices
-    training_data.json   what it was trained on, and cells.hash, the hashes of those cells
-    README.md            the model card
+config.json          sizes, tokenisation, value kind, heads
+vocab.json           the genes
+model.safetensors    backbone.* and heads.<task>.*
+conditions.json      the names behind batch, modality and perturbation indices
+training_data.json   what it was trained on, and cells.hash, the hashes of those cells
+README.md            the model card
 """
 
 from __future__ import annotations

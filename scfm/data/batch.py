@@ -67,7 +67,9 @@ class PackedBatch:
     @cached_property
     def unknown_mask(self) -> Tensor:
         """(T,) bool, True for unknown genes (those of a pseudo-cell included)."""
-        position = torch.arange(self.n_tokens, device=self.genes.device) - self.cu_seqlens[:-1].long()[self.cell_of_token]
+        position = (
+            torch.arange(self.n_tokens, device=self.genes.device) - self.cu_seqlens[:-1].long()[self.cell_of_token]
+        )
         return position >= self.n_known.long()[self.cell_of_token]
 
     @cached_property

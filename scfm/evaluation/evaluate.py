@@ -111,7 +111,9 @@ def across(reference: AnnData, query: AnnData, label: str, seeds: int) -> tuple[
     adata = anndata.concat(both, join="inner", index_unique="-", keys=["reference", "query"])
     rows = np.arange(adata.n_obs)
     train, test = rows[: reference.n_obs], rows[reference.n_obs :]
-    protocol = f"fitted on the reference, judged on the other set; {int((~known).sum())} cells of types it lacks left out"
+    protocol = (
+        f"fitted on the reference, judged on the other set; {int((~known).sum())} cells of types it lacks left out"
+    )
     return adata, [Split(train, test, seed, protocol) for seed in range(seeds)]
 
 

@@ -30,13 +30,19 @@ class HeadSpec:
 
 
 class ValueDecoder(nn.Module):
-    """GEP: an MLP from a gene's token to its value or to logits over bins: (U, in) -> (U,) or (U, n_out)."""
+    """GEP: an MLP from a gene's token to its value or to logits over bins: (U, in) -> (U,) or (U, n_out).
 
-    def __init__(self, width: int, in_width: int, n_out: int) -> None:
+    A fresh value decoder starts by predicting the middle bin: from zero, the first hundreds of steps would go into
+    raising the bias.
+    """
+
+    def __init__(self, width: int, in_width: int, n_out: int, n_bins: int) -> None:
         super().__init__()
         self.linear1 = Linear(in_width, width)
         self.linear2 = Linear(width, width)
         self.out = Linear(width, n_out)
+        if n_out == 1:
+            nn.init.constant_(self.out.bias, (n_bins - 1) / 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = F.leaky_relu(self.linear2(F.leaky_relu(self.linear1(tokens))))
@@ -78,8 +84,8 @@ class ClassDecoder(nn.Module):
         return self.out(self.hidden(cells))
 
 
-def build_head(spec: HeadSpec, width: int, in_width: int) -> nn.Module:
+def build_head(spec: HeadSpec, width: int, in_width: int, n_bins: int) -> nn.Module:
     """Build a head; `in_width` is the width of tokens and cells with their conditions joined."""
     if spec.kind == "gep":
-        return ValueDecoder(width, in_width, spec.n_out)
+        return ValueDecoder(width, in_width, spec.n_out, n_bins)
     return CellValueDecoder(width, in_width, spec.n_out) if spec.kind == "gepc" else ClassDecoder(width, spec.n_out)

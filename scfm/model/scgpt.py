@@ -117,7 +117,7 @@ class ScGPT(nn.Module):
         self.specs = {spec.task: spec for spec in heads}
         self.backbone = Backbone(config, n_tokens, pad, n_bins, cell_conditions, gene_conditions)
         in_width = 2 * config.width if cell_conditions else config.width
-        self.heads = nn.ModuleDict({spec.task: build_head(spec, config.width, in_width) for spec in heads})
+        self.heads = nn.ModuleDict({spec.task: build_head(spec, config.width, in_width, n_bins) for spec in heads})
 
     def forward(self, batch: PackedBatch, cell_prompt: Tensor | None = None) -> ModelOutput:
         """Encode a pack and predict.

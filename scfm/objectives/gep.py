@@ -45,8 +45,8 @@ class GEP:
     def loss(self, batch: PackedBatch, output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the pack's unknown genes divided by the global batch's count of them, and metrics alike.
 
-        Reads `output.predictions[name]`: values (U,), or logits (U, n_bins), whose expected bin then gives the squared
-        error among the metrics. Raises ScfmError if the batch hides nothing.
+        Reads `output.predictions[name]`: values (U,), or logits (U, n_bins), whose expected bin then gives a squared
+        error among the metrics, to compare with. Raises ScfmError if the batch hides nothing.
         """
         if batch.targets is None:
             raise ScfmError(f"objective {self.name}: the batch has no targets; set data.mask_ratios to hide genes")
@@ -54,8 +54,7 @@ class GEP:
         target = batch.targets[batch.predicted]
         count = max(batch.total_unknown, 1)
         if self.criterion == "mse":
-            loss = (prediction - target).square().sum() / count
-            return loss, {f"{self.name}_mse": loss.detach()}
+            return (prediction - target).square().sum() / count, {}
         logits = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         loss = F.cross_entropy(logits, target.long(), reduction="sum") / count
         bins = torch.arange(self.n_bins, dtype=logits.dtype, device=logits.device)

@@ -65,7 +65,7 @@ def finetune_anndata(
         adata: labelled cells.
         label: obs column.
         out: run directory; a temporary one if not given.
-        **sections: recipe keys over the defaults of `recipes/finetune/annotation.yaml`, e.g. `trainer={"max_epochs": 5}`.
+        **sections: recipe keys over those of `recipes/finetune/annotation.yaml`, e.g. `trainer={"max_epochs": 5}`.
     """
     from scfm.pretrained import load
 
@@ -101,13 +101,17 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
         labels=names,
         class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
     )
+    heads = {head.task: head for objective in objectives for head in objective.heads()}
+    if not any(head.kind in ("gep", "gepc") for head in heads.values()):
+        # only value decoders read cell conditions; without one their embeddings would never get a gradient
+        recipe = replace(recipe, model=replace(recipe.model, cell_conditions=[]))
     run = open_run(recipe, resume)
     cell_conditions, condition_names = indices_of(store, recipe.model.cell_conditions)
     new = replace(
         files,
         model=recipe.model,
         tokens=token_config(recipe),
-        heads=list({head.task: head for objective in objectives for head in objective.heads()}.values()),
+        heads=list(heads.values()),
         cell_conditions=condition_names,
         training_data={"stage": "fine-tuning", **origin, "pretraining": files.training_data},
         cells_hash=save_all_hashes(run.path / "cells.hash", store, rows, files),
@@ -115,6 +119,8 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
     torch.manual_seed(recipe.seed)
     network = new.build()
     pretrained = read_weights(str(recipe.from_model))
+    if not recipe.model.cell_conditions:
+        pretrained = {name: w for name, w in pretrained.items() if not name.startswith("backbone.cell_conditions.")}
     shared_heads = {head.task for head in new.heads if head in files.heads}
     for prefix in ("backbone.", *(f"heads.{task}." for task in shared_heads)):
         load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
@@ -124,7 +130,7 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
 
 
 def labels_of(store: CellStore, task: TaskConfig) -> tuple[NDArray[np.int64], list[str]]:
-    """Return (N,) label codes, -1 where a cell has none, and the label names; ScfmError where a label has too few cells."""
+    """Return (N,) label codes, -1 for none, and the label names. Raises ScfmError where a label has too few cells."""
     if task.label not in store.obs:
         raise ScfmError(
             f"task.label: obs column {task.label!r} is not in the data, which carry {sorted(store.obs)}; "

@@ -74,9 +74,7 @@ class CellDataModule(L.LightningDataModule):
     def train_dataloader(self) -> EpochLoader:
         trainer = self.trainer
         assert trainer is not None
-        packs = self.pack_loader(
-            self.train_rows, shuffle=True, rank=trainer.global_rank, world_size=trainer.world_size
-        )
+        packs = self.pack_loader(self.train_rows, shuffle=True, rank=trainer.global_rank, world_size=trainer.world_size)
         self.loader = EpochLoader(packs, self)
         return self.loader
 

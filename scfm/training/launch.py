@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -36,6 +38,7 @@ def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
     strategy = "ddp" if options["strategy"] == "auto" and several else options["strategy"]
     options["strategy"] = strategy_of(strategy)
     quieten()
+    keep_memory()
     # the loader itself serves each rank its own packs
     return L.Trainer(**options, **objects, use_distributed_sampler=False, enable_progress_bar=False)
 
@@ -52,3 +55,13 @@ def quieten() -> None:
         "You're resuming from a checkpoint that ended before the epoch ended",  # resume is exact, see CellDataModule
     ):
         warnings.filterwarnings("ignore", message=meant)
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed blocks: a step frees and takes the same large ones, and returning them costs page faults."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            trim_threshold, mmap_threshold, largest = -1, -3, 2**30
+            libc.mallopt(trim_threshold, largest)
+            libc.mallopt(mmap_threshold, largest)

@@ -15,8 +15,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
@@ -62,6 +64,8 @@ class FoundationModule(L.LightningModule):
 
     def training_step(self, packs: list[PackedBatch], batch_idx: int) -> None:
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(schedule, LRScheduler)
         optimizer.zero_grad(set_to_none=True)
         active = [objective for objective in self.objectives if self.global_step >= objective.start_step]
         metrics, pulls = self.global_losses(packs, active)
@@ -76,7 +80,7 @@ class FoundationModule(L.LightningModule):
                 self.manual_backward(loss * self.trainer.world_size)
             add(metrics, pack_metrics)
         optimizer.step()
-        schedule.step()  # type: ignore[union-attr, call-arg]
+        schedule.step()
         self.step_metrics = metrics
 
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
@@ -103,7 +107,8 @@ class FoundationModule(L.LightningModule):
         self, pack: PackedBatch, output: ModelOutput, objectives: Sequence[Objective]
     ) -> tuple[Tensor, Metrics]:
         """Return this pack's share of the weighted loss, and its shares of the metrics (detached)."""
-        total, metrics = output.cell.new_zeros(()), {}
+        total = output.cell.new_zeros(())
+        metrics: Metrics = {}
         for objective in objectives:
             if objective.scope != "pack":
                 continue

@@ -27,7 +27,10 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, *, fused: bool)
     if config.name not in OPTIMIZERS:
         raise ScfmError(f"optimizer.name: {config.name!r} is not known; choose one of {sorted(OPTIMIZERS)}")
     embeddings = {
-        id(parameter) for module in network.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()
+        id(parameter)
+        for module in network.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
     }
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from torch import nn
 
@@ -33,7 +32,7 @@ from scfm.training.callbacks import MetricsCsv, NewestCheckpoints, Progress, bes
 from scfm.training.datamodule import CellDataModule, Rows
 from scfm.training.launch import build_trainer
 from scfm.training.module import FoundationModule
-from scfm.training.rundir import RunDirectory, open_run
+from scfm.training.rundir import RunDirectory, is_main_process, open_run
 
 
 @dataclass
@@ -105,7 +104,7 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
 
 
 def fit(job: Job, run: RunDirectory) -> Path:
-    """Train a job to the end of its recipe, export the best weights, write plots and the card; return the model directory."""
+    """Train a job to the end of its recipe and export its best weights, plots and card; return the model directory."""
     recipe = job.recipe
     set_trainable(job.network, recipe.trainable)
     tokeniser = Tokeniser(job.files.tokens, job.store.vocabulary, job.store.value_kind, job.gene_tables)
@@ -140,7 +139,9 @@ def export(job: Job, run: RunDirectory, best: str) -> None:
     metrics = read_metrics(run.metrics)
     baselines = baselines_of(metrics)
     loss_curves(metrics, run.plots / "losses.png", baselines)
-    job.files.card = model_card(job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters()))
+    job.files.card = model_card(
+        job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters())
+    )
     run.card.write_text(job.files.card, encoding="utf-8")
     save_model(run.model, job.network, job.files, replace=True)
 
@@ -182,9 +183,7 @@ def hold_out(store: CellStore, recipe: Recipe) -> tuple[Rows, Rows]:
     return range(n_train), range(n_train, store.n_cells)
 
 
-def indices_of(
-    store: CellStore, columns: Sequence[str]
-) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
+def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
     """Return the codes of obs columns and their category names. Raises ScfmError where one is absent or has gaps."""
     indices, names = {}, {}
     for column in columns:
@@ -201,7 +200,7 @@ def indices_of(
 
 
 def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
-    """Let only the parameters train whose names match one of the patterns. Raises ScfmError for one that matches none."""
+    """Train only the parameters whose names match a pattern. Raises ScfmError for a pattern that matches none."""
     names = [name for name, _ in network.named_parameters()]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
@@ -213,7 +212,7 @@ def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
 def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
     """Return the Weights & Biases logger where the recipe names a project."""
     config: dict[str, Any] = asdict(recipe.wandb)
-    if not config["project"] or rank_zero_only.rank:
+    if not config["project"] or not is_main_process():
         return []
     logger = WandbLogger(
         project=config["project"], name=config["name"], offline=config["mode"] == "offline", save_dir=run.path

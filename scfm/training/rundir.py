@@ -1,6 +1,6 @@
 """The run directory: everything a run leaves behind, in one place.
 
-    recipe.yaml  metrics.csv  log.txt  checkpoints/  plots/  model/  README.md
+recipe.yaml  metrics.csv  log.txt  checkpoints/  plots/  model/  README.md
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def open_run(recipe: Recipe, resume: str | None) -> RunDirectory:
         run = RunDirectory(path, checkpoint)
     elif resume == "auto":
         run = RunDirectory(path, next(reversed(checkpoints(run.checkpoints)), None))
-    if rank_zero_only.rank:
+    if not is_main_process():
         return run
     if path.exists() and any(path.iterdir()):
         if not (path / "recipe.yaml").exists():
@@ -83,3 +83,8 @@ def open_run(recipe: Recipe, resume: str | None) -> RunDirectory:
     run.plots.mkdir(exist_ok=True)
     recipe.save(path / "recipe.yaml")
     return run
+
+
+def is_main_process() -> bool:
+    """Say whether this process writes the run directory; true of one of all ranks, also before they have met."""
+    return getattr(rank_zero_only, "rank", 0) == 0

@@ -51,7 +51,10 @@ def test_what_is_saved_comes_back(model: Path) -> None:
 
 
 def test_weights_are_named_by_backbone_and_head(model: Path) -> None:
-    kinds = {".".join(name.split(".")[: 1 if name.startswith("backbone") else 2]) for name in load_file(model / "model.safetensors")}
+    kinds = {
+        ".".join(name.split(".")[: 1 if name.startswith("backbone") else 2])
+        for name in load_file(model / "model.safetensors")
+    }
     assert kinds == {"backbone", "heads.gep", "heads.annotation"}
 
 

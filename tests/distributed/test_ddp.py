@@ -49,7 +49,11 @@ def test_two_processes_equal_one(
     both = tiny_recipe(shards, tmp_path / "two", **common, data=data, trainer=two)
     assert largest_difference(read_weights(pretrain(one)), read_weights(pretrain(both))) < 2e-5
     losses = [
-        {row[:2]: row[2] for row in read_metrics(tmp_path / run / "metrics.csv") if row[1] in ("train/loss", "valid/loss")}
+        {
+            row[:2]: row[2]
+            for row in read_metrics(tmp_path / run / "metrics.csv")
+            if row[1] in ("train/loss", "valid/loss")
+        }
         for run in ("one", "two")
     ]
     assert len(losses[0]) == 6 + 1
@@ -63,7 +67,9 @@ def test_resuming_on_two_processes_what_one_began(shards: Path, tmp_path: Path) 
     pretrain(begun)
     two = {"devices": 2, "strategy": "ddp_fork"}
     checkpoint = tmp_path / "run" / "checkpoints" / "step=000000004.ckpt"
-    resumed = read_weights(pretrain(tiny_recipe(shards, tmp_path / "run", **still, trainer=two), resume=str(checkpoint)))
+    resumed = read_weights(
+        pretrain(tiny_recipe(shards, tmp_path / "run", **still, trainer=two), resume=str(checkpoint))
+    )
     assert largest_difference(whole, resumed) < 2e-5
 
 
@@ -71,7 +77,9 @@ def test_the_command_line_starts_its_own_processes(shards: Path, tmp_path: Path)
     """Without fork: each rank is a process that runs the same command, as on GPUs."""
     tiny_recipe(shards, tmp_path / "run", trainer={"devices": 2}).save(tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "scfm.cli", "pretrain", "--config", str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -90,7 +90,9 @@ def test_a_term_waits_for_its_first_step(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32"])
 def test_precision_reaches_the_run_and_it_learns(shards: Path, tmp_path: Path, precision: str) -> None:
     model = pretrain(
-        tiny_recipe(shards, tmp_path / "run", trainer={"precision": precision, "max_steps": 60, "log_every_n_steps": 10})
+        tiny_recipe(
+            shards, tmp_path / "run", trainer={"precision": precision, "max_steps": 60, "log_every_n_steps": 10}
+        )
     )
     assert f"precision {precision}" in (tmp_path / "run" / "log.txt").read_text()
     rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]

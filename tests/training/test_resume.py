@@ -118,7 +118,7 @@ def test_another_order_of_cells_cannot_resume(shards: Path, tmp_path: Path) -> N
     with pytest.raises(ScfmError, match="trained with seed 0, this run has 5"):
         pretrain(recipe, resume="auto")
     recipe.seed, recipe.data.cells_per_batch = 0, 20
-    with pytest.raises(ScfmError, match="trained with data.cells_per_batch 16, this run has 20"):
+    with pytest.raises(ScfmError, match=r"trained with data\.cells_per_batch 16, this run has 20"):
         pretrain(recipe, resume="auto")
 
 
