@@ -72,7 +72,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
 def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[ArgumentParser, str | None]:
     """Return a parser made from a function's signature, and the name of its positional argument.
 
-    A first parameter without a default is the positional one (several values where it is a list), the others are options.
+    A first parameter without a default is the positional one (several values where it is a list), others are options.
     """
     from jsonargparse import ArgumentParser
 

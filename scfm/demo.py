@@ -55,6 +55,7 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     from scfm.evaluation.plots import TrainingLog
     from scfm.evaluation.report import print_report, write_report
     from scfm.evaluation.splits import stratified_split
+    from scfm.recipe_reader import bundled, read_yaml
     from scfm.training.callbacks import read_metrics
 
     started = time.perf_counter()
@@ -68,7 +69,8 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     vocabulary = Vocabulary.from_genes([Gene.of(None, name) for name in adata.raw.var_names])
     (cells,) = store_from_anndata(adata, vocabulary, accept_normalised=True).blocks
     hashes = profile_hashes(cells.offsets, cells.genes, cells.values, vocabulary.gene_keys)
-    method = PretrainedOnTheSplit("scGPT (scfm)", runs, runs)
+    recipe = read_yaml(bundled("finetune/annotation-quickstart.yaml"))
+    method = PretrainedOnTheSplit("scGPT (scfm)", runs, runs, recipe)
     splits = [stratified_split(labels, seed=seed) for seed in range(seeds)]
     comparison = compare([method], adata, LABEL, splits, cell_hashes=hashes)
     metrics = read_metrics(runs / "pretraining-seed0" / "metrics.csv")

@@ -108,20 +108,22 @@ class PretrainedModel:
         adata.obs[f"{head.task}_probability"] = probabilities.max(axis=1)
         adata.obsm[f"{head.task}_probabilities"] = probabilities
 
-    def finetune(self, adata: AnnData, task: str = "annotation", **options: Any) -> PretrainedModel:
+    def finetune(self, adata: AnnData, task: str | dict[str, Any] = "annotation", **sections: Any) -> PretrainedModel:
         """Return a new model, fine-tuned for a task on labelled cells; this one stays as it is.
 
         Args:
             adata: cells with raw counts, and the labels in `.obs`.
-            task: registered task.
-            **options: the task's own, e.g. `label="cell_type"`, `out="runs/annotation"`, and recipe sections as
-                dictionaries, e.g. `trainer={"max_epochs": 5}`.
+            task: name of a registered task, or the recipe's task section, e.g.
+                `{"name": "annotation", "label": "louvain"}`.
+            **sections: other keys of the recipe, over those of `recipes/finetune/<task>.yaml`: `seed=1`,
+                `out="runs/mine"` (a temporary folder if not given), `trainer={"max_epochs": 5}` ...
         """
         from scfm.tasks import TASKS
 
-        if task not in TASKS:
-            raise ScfmError(f"task: {task!r} is not known; choose one of {sorted(TASKS)}")
-        return TASKS[task].finetune_anndata(self, adata, **options)
+        section = {"name": task} if isinstance(task, str) else {"name": "annotation", **task}
+        if section["name"] not in TASKS:
+            raise ScfmError(f"task: {section['name']!r} is not known; choose one of {sorted(TASKS)}")
+        return TASKS[section["name"]].finetune_anndata(self, adata, {**sections, "task": section})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a native model directory. Raises ScfmError where the folder holds anything."""
@@ -145,7 +147,7 @@ class PretrainedModel:
             CellOrder(range(store.n_cells), CELLS_PER_BATCH, seed=tokens.seed, shuffle=False),
             Tokeniser(tokens, self.files.vocabulary, store.value_kind),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
-            # conditions join after the transformer, for value decoders alone: embeddings and labels do not depend on them
+            # conditions join after the transformer, for value decoders alone: embeddings and labels do without
             cell_conditions={name: np.full(store.n_cells, -1) for name in self.files.cell_conditions},
             keys=keys,
         )

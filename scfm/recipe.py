@@ -1,6 +1,6 @@
 """The recipe: one typed schema for every run, read from YAML, overridden from the command line, saved with the run.
 
-The dataclasses below are the single source of names, types, defaults and help texts, which `scfm pretrain --help` shows.
+The dataclasses below are the single source of names, types, defaults and help, which `scfm pretrain --help` shows.
 Classes are named by registered names (`model.name: scgpt`), never by import path, so a recipe cannot execute code.
 """
 

@@ -83,7 +83,7 @@ def data_section(training_data: dict[str, Any]) -> list[str]:
     if not sources:
         return []
     lines = ["## Data", "| source | cells |", "|---|---|"]
-    lines += [f"| {source['file']} | {source['cells_kept']:,} |" for source in sources]
+    lines += [f"| {source['file']} | {source['kept']:,} |" for source in sources]
     return [*lines, ""]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data.hashing import load_hashes
+from scfm.recipe_reader import merged
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -47,8 +48,8 @@ class FineTuned:
         start = self.pretrained(adata, seed)
         # hashes of the pretraining cells alone: fine-tuning adds the split's own training cells
         self.hashes = load_hashes(start.files.cells_hash) if start.files.cells_hash else np.empty(0, np.uint64)
-        out = self.runs / f"annotation-seed{seed}"
-        self.tuned = start.finetune(adata, "annotation", label=label, out=out, seed=seed, **self.sections)
+        run = {"seed": seed, "out": str(self.runs / f"annotation-seed{seed}"), "task": {"label": label}}
+        self.tuned = start.finetune(adata, **merged(self.sections, run))
         self.classes = [name for head in self.tuned.files.heads for name in head.labels or []]
         return self
 

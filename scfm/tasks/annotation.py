@@ -50,35 +50,25 @@ def finetune(recipe: Recipe, resume: str | None = None) -> Path:
     return run_on(recipe, files, store, {"manifest": read_manifest(shards)}, resume)
 
 
-def finetune_anndata(
-    model: PretrainedModel,
-    adata: AnnData,
-    *,
-    label: str = "cell_type",
-    out: str | Path | None = None,
-    **sections: Any,
-) -> PretrainedModel:
-    """Return a new model, fine-tuned to predict `adata.obs[label]`.
+def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any]) -> PretrainedModel:
+    """Return a new model, fine-tuned to predict a label of `adata.obs`.
 
     Args:
-        model: where to start; it must have been loaded from, or saved to, a model directory.
+        model: where to start, loaded from a model directory.
         adata: labelled cells.
-        label: obs column.
-        out: run directory; a temporary one if not given.
-        **sections: recipe keys over those of `recipes/finetune/annotation.yaml`, e.g. `trainer={"max_epochs": 5}`.
+        keys: recipe keys over those of `recipes/finetune/annotation.yaml`; without `out` the run is temporary.
     """
     from scfm.pretrained import load
 
     with tempfile.TemporaryDirectory() as folder:
-        given = {**sections, "from": model.source, "out": str(out or Path(folder) / "run")}
-        task = {**given.pop("task", {}), "label": label}
-        recipe = read_recipe(bundled("finetune/annotation.yaml"), {**given, "task": task}, like(model.files))
+        given = {"out": str(Path(folder) / "run"), **keys, "from": model.source}
+        recipe = read_recipe(bundled("finetune/annotation.yaml"), given, like(model.files))
         check(recipe)
         store = store_from_anndata(
             adata,
             model.files.vocabulary,
             accept_normalised=model.files.value_kind == "normalised",
-            obs_columns=[label, *recipe.model.cell_conditions],
+            obs_columns=[(recipe.task or TaskConfig()).label, *recipe.model.cell_conditions],
         )
         return load(run_on(recipe, model.files, store, {}, None))
 
