@@ -1,0 +1,126 @@
+"""A trained model over AnnData: the same cell gives the same embedding, whatever surrounds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anndata import AnnData
+from cells import GENES, TYPES, made_up_cells
+from runs import tiny_recipe, write_shards
+
+import scfm
+from scfm.errors import ScfmError
+from scfm.training.run import pretrain
+
+QUICK = {"trainer": {"max_epochs": 8, "accelerator": "cpu"}, "optimizer": {"lr": 1e-2}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    conditioned = {"layers": 2, "cell_conditions": ["batch"]}
+    # 12 genes at most: every cell is sampled down, so that a draw that depends on its neighbours would show
+    return pretrain(
+        tiny_recipe(write_shards(place / "shards"), place / "run", model=conditioned, data={"max_genes": 12})
+    )
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> scfm.PretrainedModel:
+    return scfm.load(folder)
+
+
+def embedding(model: scfm.PretrainedModel, adata: AnnData, tokens_per_pack: int = 16384) -> np.ndarray:
+    return model.embed(adata.copy(), tokens_per_pack=tokens_per_pack).obsm["X_scfm"]
+
+
+def test_same_cell_same_embedding_alone_in_a_batch_shuffled_and_in_any_chunk(model: scfm.PretrainedModel) -> None:
+    cells = made_up_cells(300, seed=5)
+    together = embedding(model, cells)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-5)
+    alone = np.concatenate([embedding(model, cells[[i]]) for i in (0, 17, 299)])
+    np.testing.assert_allclose(alone, together[[0, 17, 299]], atol=1e-6)
+    order = np.random.default_rng(0).permutation(300)
+    np.testing.assert_allclose(embedding(model, cells[order]), together[order], atol=1e-6)
+    for tokens_per_pack in (20, 111, 100_000):
+        np.testing.assert_allclose(embedding(model, cells, tokens_per_pack), together, atol=1e-6)
+
+
+def test_gene_order_and_unknown_genes_change_nothing(model: scfm.PretrainedModel) -> None:
+    cells = made_up_cells(40, seed=5)
+    more = made_up_cells(40, seed=5, genes=[*GENES, *(f"novel{i}" for i in range(9))])[:, ::-1].copy()
+    more[:, cells.var_names].X = cells.X
+    np.testing.assert_allclose(embedding(model, more), embedding(model, cells), atol=1e-6)
+
+
+def test_cells_differ(model: scfm.PretrainedModel) -> None:
+    assert np.ptp(embedding(model, made_up_cells(30, seed=5)), axis=0).max() > 1e-3
+
+
+def test_the_callers_x_is_untouched_and_provenance_is_written(model: scfm.PretrainedModel, folder: Path) -> None:
+    cells = made_up_cells(10, seed=6)
+    before = cells.X.copy()
+    result = model.embed(cells)
+    assert result is cells
+    assert (before != cells.X).nnz == 0
+    assert cells.uns["scfm"]["model"] == str(folder)
+    assert cells.uns["scfm"]["genes_in_data"] == 60
+
+
+def test_a_cell_without_a_known_gene_still_has_a_row(model: scfm.PretrainedModel) -> None:
+    cells = made_up_cells(3, seed=6)
+    cells.X[1] = 0
+    cells.X.eliminate_zeros()
+    assert np.isfinite(embedding(model, cells)).all()
+
+
+def test_wrong_values_are_named(model: scfm.PretrainedModel) -> None:
+    cells = made_up_cells(3, seed=6)
+    cells.X = cells.X.log1p()
+    with pytest.raises(ScfmError, match="log-normalised"):
+        model.embed(cells)
+    cells = made_up_cells(3, seed=6)
+    cells.var_names = [f"ENSMUSG{i:011}" for i in range(60)]
+    with pytest.raises(ScfmError, match="no gene"):
+        model.embed(cells)
+    assert "X_scfm" not in cells.obsm
+
+
+def test_finetune_predicts_types_and_leaves_the_model_as_it_was(model: scfm.PretrainedModel, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    tuned = model.finetune(made_up_cells(150, seed=7), "annotation", **QUICK)
+    assert all((before[name] == tensor).all() for name, tensor in model.network.state_dict().items())
+    result = tuned.predict(made_up_cells(90, seed=8))
+    assert (result.obs["annotation"].astype(str) == result.obs["cell_type"].astype(str)).mean() > 0.9
+    assert result.uns["scfm"]["labels"]["annotation"] == TYPES
+    probabilities = result.obsm["annotation_probabilities"]
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(result.obs["annotation_probability"], probabilities.max(1))
+    tuned.save_pretrained(tmp_path / "tuned")
+    again = scfm.load(tmp_path / "tuned").predict(made_up_cells(90, seed=8))
+    np.testing.assert_array_equal(again.obsm["annotation_probabilities"], probabilities)
+
+
+def test_finetuning_frozen_moves_the_classifier_alone(model: scfm.PretrainedModel) -> None:
+    tuned = model.finetune(made_up_cells(60, seed=7), trainable=["heads.*"], **QUICK)
+    before, after = model.network.backbone.state_dict(), tuned.network.backbone.state_dict()
+    assert all((before[name] == after[name]).all() for name in after)
+
+
+def test_the_tuned_model_knows_all_cells_it_has_seen(model: scfm.PretrainedModel, tmp_path: Path) -> None:
+    from scfm.data.hashing import load_hashes
+
+    out = tmp_path / "run"
+    model.finetune(made_up_cells(60, seed=7), out=str(out), **QUICK)
+    assert len(load_hashes(out / "model" / "cells.hash")) == 120 + 60
+
+
+def test_what_a_model_cannot_do_is_said(model: scfm.PretrainedModel) -> None:
+    with pytest.raises(ScfmError, match="has no head that predicts labels"):
+        model.predict(made_up_cells(3))
+    with pytest.raises(ScfmError, match="'telepathy' is not known"):
+        model.finetune(made_up_cells(3), "telepathy")
+    with pytest.raises(ScfmError, match="max_gens"):
+        model.finetune(made_up_cells(60), data={"max_gens": 3})
