@@ -77,14 +77,19 @@ def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[Ar
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=program, description=what)
-    hints = get_type_hints(action)
-    name, parameter = next(iter(signature(action).parameters.items()))
-    first = name if parameter.default is parameter.empty else None
-    if first:
-        several = get_origin(hints[first]) is list
-        kind = get_args(hints[first])[0] if several else hints[first]
-        parser.add_argument(first, type=kind, nargs="+" if several else None, help=described(action).get(first, ""))
-    parser.add_function_arguments(action, skip={first} if first else set(), as_positional=False)
+    hints, helps = get_type_hints(action), described(action)
+    parameters = signature(action).parameters
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    first = required[0] if required and required[0] == next(iter(parameters)) else None
+    lists = {name for name in parameters if get_origin(hints[name]) in (list, Sequence)}
+    for name in parameters:
+        if name in lists:  # written as a shell writes them: --obs cell_type batch
+            kind, place = get_args(hints[name])[0], name if name == first else f"--{name}"
+            default = {} if name in required else {"default": list(parameters[name].default)}
+            parser.add_argument(place, type=kind, nargs="+", help=helps.get(name, ""), **default)
+        elif name == first:
+            parser.add_argument(name, type=hints[name], help=helps.get(name, ""))
+    parser.add_function_arguments(action, skip=lists | ({first} if first else set()), as_positional=False)
     return parser, first
 
 
