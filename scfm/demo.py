@@ -46,6 +46,7 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
         seeds: Splits into training and held-out cells, each with its own pretraining.
     """
     import scanpy
+    import torch
 
     from scfm.baselines.mean_value import baselines_of
     from scfm.data.hashing import profile_hashes
@@ -59,6 +60,7 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     from scfm.training.callbacks import read_metrics
 
     started = time.perf_counter()
+    torch.set_num_threads(1)  # packs this small cost more to share between threads than to compute
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ScfmError(f"{folder}: is not empty; choose another --out")

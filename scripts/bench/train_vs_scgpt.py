@@ -146,6 +146,8 @@ def main() -> None:
             seconds = pipe.recv()
             if repeat:  # the first round warms up
                 times[kind].append(seconds)
+    for pipe in set(pipes.values()):
+        pipe.send(None)
     rows = []
     for (name, dropout), spent in times.items():
         peer = times[PEER, dropout]
