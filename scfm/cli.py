@@ -81,15 +81,18 @@ def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[Ar
     parameters = signature(action).parameters
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     first = required[0] if required and required[0] == next(iter(parameters)) else None
-    lists = {name for name in parameters if get_origin(hints[name]) in (list, Sequence)}
+    {name for name in parameters if get_origin(hints[name]) in (list, Sequence)}
+    skip: set[str | int] = {first} if first else set()
     for name in parameters:
-        if name in lists:  # written as a shell writes them: --obs cell_type batch
-            kind, place = get_args(hints[name])[0], name if name == first else f"--{name}"
-            default = {} if name in required else {"default": list(parameters[name].default)}
-            parser.add_argument(place, type=kind, nargs="+", help=helps.get(name, ""), **default)
-        elif name == first:
-            parser.add_argument(name, type=hints[name], help=helps.get(name, ""))
-    parser.add_function_arguments(action, skip=lists | ({first} if first else set()), as_positional=False)
+        options: dict[str, Any] = {"type": hints[name], "help": helps.get(name, "")}
+        if get_origin(hints[name]) in (list, Sequence):  # written as a shell writes them: --obs cell_type batch
+            options |= {"type": get_args(hints[name])[0], "nargs": "+"}
+            if name not in required:
+                options["default"] = list(parameters[name].default)
+            skip.add(name)
+        if name in skip:
+            parser.add_argument(name if name == first else f"--{name}", **options)
+    parser.add_function_arguments(action, skip=skip, as_positional=False)
     return parser, first
 
 

@@ -128,6 +128,7 @@ class PretrainedModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a native model directory. Raises ScfmError where the folder holds anything."""
         save_model(Path(folder), self.network, self.files)
+        self.source = str(folder)
 
     def store(self, adata: AnnData) -> CellStore:
         """Return the cells in the model's vocabulary."""

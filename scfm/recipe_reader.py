@@ -58,7 +58,8 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, base
     Raises:
         ScfmError: the file cannot be read, or a key is unknown or of the wrong type.
     """
-    content = merged(read_yaml(path) if path else {}, overrides or {})
+    # the parser turns sections into its own type in place; the caller's dictionaries stay as they are
+    content = deepcopy(merged(read_yaml(path) if path else {}, overrides or {}))
     parser = recipe_parser(base or Recipe())
     return parsed(parser, lambda: parser.parse_object(content), str(path or "recipe"))
 

@@ -50,7 +50,7 @@ def test_the_command_line_wins_over_the_file() -> None:
     path = str(bundled("pretrain/quickstart.yaml"))
     arguments = ["--config", path, "--data.max_genes", "77", "--resume", "auto", "--objectives", "[{name: gepc}]"]
     recipe, resume = parse_recipe(arguments, "scfm pretrain", "")
-    assert (recipe.data.max_genes, recipe.data.cells_per_batch, resume) == (77, 64, "auto")
+    assert (recipe.data.max_genes, recipe.data.cells_per_batch, resume) == (77, 16, "auto")
     assert recipe.objectives == [ObjectiveConfig("gepc")]
 
 

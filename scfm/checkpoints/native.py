@@ -17,10 +17,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scfm.data.hashing import load_hashes, save_hashes
 from scfm.data.store import ValueKind
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
@@ -45,7 +48,7 @@ class ModelFiles:
         cell_conditions: obs column -> category names behind its indices.
         gene_conditions: condition -> category names behind its indices.
         training_data: manifest entries of what it was trained on.
-        cells_hash: file of sorted cell hashes to copy along, or None.
+        cell_hashes: (n,) sorted profile hashes of the cells it was trained on, or None where that is not known.
         card: text of README.md.
     """
 
@@ -57,7 +60,7 @@ class ModelFiles:
     cell_conditions: dict[str, list[str]] = field(default_factory=dict)
     gene_conditions: dict[str, list[str]] = field(default_factory=dict)
     training_data: dict[str, Any] = field(default_factory=dict)
-    cells_hash: Path | None = None
+    cell_hashes: NDArray[np.uint64] | None = None
     card: str = ""
 
     def build(self) -> nn.Module:
@@ -104,8 +107,8 @@ def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: 
     ):
         (partial / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     files.vocabulary.save(partial / "vocab.json")
-    if files.cells_hash is not None:
-        shutil.copyfile(files.cells_hash, partial / "cells.hash")
+    if files.cell_hashes is not None:
+        save_hashes(partial / "cells.hash", files.cell_hashes)
     (partial / "README.md").write_text(files.card, encoding="utf-8")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
@@ -140,7 +143,7 @@ def read_model(folder: Path | str) -> ModelFiles:
         cell_conditions=conditions["cell"],
         gene_conditions=conditions["gene"],
         training_data=read_json(folder / "training_data.json"),
-        cells_hash=hashes if hashes.exists() else None,
+        cell_hashes=load_hashes(hashes) if hashes.exists() else None,
         card=(folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else "",
     )
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.data.hashing import load_hashes
 from scfm.recipe_reader import merged
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ class FineTuned:
         self.sections = sections or {}
         self.classes: list[str] = []
         self.tuned: PretrainedModel | None = None
+        self.training_hashes: NDArray[np.uint64] | None = None
 
     def describe(self) -> str:
         return "pretrained model with a classifier on its cell embedding, all weights fine-tuned on the training cells"
@@ -47,7 +47,7 @@ class FineTuned:
     def fit(self, adata: AnnData, label: str, seed: int) -> FineTuned:
         start = self.pretrained(adata, seed)
         # hashes of the pretraining cells alone: fine-tuning adds the split's own training cells
-        self.hashes = load_hashes(start.files.cells_hash) if start.files.cells_hash else np.empty(0, np.uint64)
+        self.training_hashes = start.files.cell_hashes
         run = {"seed": seed, "out": str(self.runs / f"annotation-seed{seed}"), "task": {"label": label}}
         self.tuned = start.finetune(adata, **merged(self.sections, run))
         self.classes = [name for head in self.tuned.files.heads for name in head.labels or []]
@@ -61,7 +61,3 @@ class FineTuned:
     def embed(self, adata: AnnData) -> NDArray:
         assert self.tuned is not None
         return self.tuned.embed(adata.copy()).obsm["X_scfm"]
-
-    @property
-    def training_hashes(self) -> NDArray[np.uint64]:
-        return self.hashes

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights
-from scfm.data.hashing import load_hashes, profile_hashes, save_hashes
+from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights, save_model
+from scfm.data.hashing import profile_hashes
 from scfm.data.shards import open_shards, read_manifest
 from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
@@ -61,7 +61,11 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
     from scfm.pretrained import load
 
     with tempfile.TemporaryDirectory() as folder:
-        given = {"out": str(Path(folder) / "run"), **keys, "from": model.source}
+        start = Path(model.source)
+        if not start.is_dir():  # a model that was never saved
+            start = Path(folder) / "start"
+            save_model(start, model.network, model.files)
+        given = {"out": str(Path(folder) / "run"), **keys, "from": str(start)}
         recipe = read_recipe(bundled("finetune/annotation.yaml"), given, like(model.files))
         check(recipe)
         store = store_from_anndata(
@@ -70,7 +74,11 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
             accept_normalised=model.files.value_kind == "normalised",
             obs_columns=[(recipe.task or TaskConfig()).label, *recipe.model.cell_conditions],
         )
-        return load(run_on(recipe, model.files, store, {}, None))
+        tuned = load(run_on(recipe, model.files, store, {}, None))
+        if "out" not in keys:  # the run is about to go: keep what is still read from it, and name no lost folder
+            tuned.files.cell_hashes = np.array(tuned.files.cell_hashes)
+            tuned.source = f"{model.source}, fine-tuned"
+    return tuned
 
 
 def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:
@@ -104,7 +112,7 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
         heads=list(heads.values()),
         cell_conditions=condition_names,
         training_data={"stage": "fine-tuning", **origin, "pretraining": files.training_data},
-        cells_hash=save_all_hashes(run.path / "cells.hash", store, rows, files),
+        cell_hashes=all_hashes(store, rows, files),
     )
     torch.manual_seed(recipe.seed)
     network = new.build()
@@ -156,10 +164,9 @@ def split_rows(
     return rows[split.train], rows[split.test]
 
 
-def save_all_hashes(path: Path, store: CellStore, rows: NDArray[np.int64], files: ModelFiles) -> Path:
-    """Write the hashes of the cells used here and of those that the model had seen before; return the path."""
+def all_hashes(store: CellStore, rows: NDArray[np.int64], files: ModelFiles) -> NDArray[np.uint64]:
+    """Return the sorted hashes of the cells used here and of those that the model had seen before."""
     keys = files.vocabulary.gene_keys
     hashes = np.concatenate([profile_hashes(b.offsets, b.genes, b.values, keys) for b in store.blocks])[rows]
-    before = load_hashes(files.cells_hash) if files.cells_hash is not None else hashes[:0]
-    save_hashes(path, np.concatenate([hashes, before]))
-    return path
+    before = hashes[:0] if files.cell_hashes is None else files.cell_hashes
+    return np.sort(np.concatenate([hashes, before]))

@@ -193,6 +193,7 @@ def best_checkpoint(folder: Path) -> ModelCheckpoint:
         mode="min",
         save_top_k=1,
         save_weights_only=True,
+        save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
 

@@ -20,6 +20,7 @@ from scfm.baselines.mean_value import baselines_of, mean_value_losses
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.conditions import read_gene_condition
+from scfm.data.hashing import load_hashes
 from scfm.data.shards import open_shards, read_manifest
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
@@ -94,7 +95,7 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         cell_conditions=cell_names,
         gene_conditions=gene_names,
         training_data={"stage": "pretraining", "manifest": read_manifest(shards)},
-        cells_hash=shards / "cells.hash",
+        cell_hashes=load_hashes(shards / "cells.hash"),
     )
     torch.manual_seed(recipe.seed)
     network = files.build()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -63,7 +62,7 @@ def kill_at(recipe: Recipe, folder: Path, step: int) -> None:
     recipe.save(folder / "recipe.yaml")
     command = [sys.executable, "-m", "scfm.cli", "pretrain", "--config", str(folder / "recipe.yaml")]
     log = Path(recipe.out) / "log.txt"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and not (log.exists() and f"step {step}/" in log.read_text()):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
