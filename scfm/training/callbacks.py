@@ -184,6 +184,23 @@ class NewestCheckpoints(L.Callback):
                 old.unlink()
 
 
+class FinalValidation(L.Callback):
+    """Validates once more where a run ends between two validations, so that the last weights are judged too."""
+
+    def __init__(self) -> None:
+        self.validated_at = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated_at = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.enable_validation and self.validated_at != trainer.global_step:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
+
 def best_checkpoint(folder: Path) -> ModelCheckpoint:
     """Return the callback that keeps the weights of the lowest validation loss."""
     return ModelCheckpoint(

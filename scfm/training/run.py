@@ -29,7 +29,14 @@ from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import Recipe, check
-from scfm.training.callbacks import MetricsCsv, NewestCheckpoints, Progress, best_checkpoint, read_metrics
+from scfm.training.callbacks import (
+    FinalValidation,
+    MetricsCsv,
+    NewestCheckpoints,
+    Progress,
+    best_checkpoint,
+    read_metrics,
+)
 from scfm.training.datamodule import CellDataModule, Rows
 from scfm.training.launch import build_trainer
 from scfm.training.module import FoundationModule
@@ -117,7 +124,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
     newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
     best = best_checkpoint(run.checkpoints)
     progress = Progress(run.log, recipe.trainer.log_every_n_steps)
-    callbacks = [progress, newest, *([best] if validates else [])]
+    callbacks = [FinalValidation(), progress, newest, *([best] if validates else [])]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)

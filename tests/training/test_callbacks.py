@@ -62,6 +62,13 @@ def test_the_run_directory_is_complete(tmp_path: Path) -> None:
     assert json.loads((run / "model" / "training_data.json").read_text())["manifest"]["cells"] == 120
 
 
+def test_a_run_shorter_than_an_epoch_is_validated_at_its_end(tmp_path: Path) -> None:
+    pretrain(tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run", trainer={"max_steps": 3}))
+    validated = {step for step, name, _ in read_metrics(tmp_path / "run" / "metrics.csv") if name == "valid/loss"}
+    assert validated == {3}
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
 def test_wandb_offline_logs_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     section = {"project": "scfm-test", "mode": "offline"}
