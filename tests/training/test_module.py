@@ -7,16 +7,20 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from runs import tiny_recipe, write_shards
 from torch import Tensor
 
-from scfm.checkpoints.native import read_weights
+from scfm.checkpoints.native import ModelFiles, read_weights
+from scfm.data.shards import open_shards
+from scfm.data.tokens import Tokeniser
 from scfm.model.scgpt import ScGPT
 from scfm.objectives import build_objectives
 from scfm.recipe import ObjectiveConfig, OptimizerConfig
+from scfm.training.datamodule import CellDataModule
 from scfm.training.launch import quieten
 from scfm.training.module import FoundationModule, gather
-from scfm.training.run import pretrain
+from scfm.training.run import pretrain, token_config
 
 SMALL_PACKS, ONE_PACK = 40, 5000
 # Adam's step hangs on the sign of a gradient that is rounding error alone; a large eps lets only real gradients move it
@@ -133,3 +137,33 @@ def test_ecs_is_pulled_through_packs_exactly(shards: Path) -> None:
 
 def test_the_network_is_plain_torch() -> None:
     assert not issubclass(ScGPT, L.LightningModule)
+
+
+def test_under_a_gradient_scaler_true_gradients_are_clipped(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-mixed multiplies the loss by a large factor; what is clipped must be the gradients without it."""
+    norms: dict[str, list[float]] = {"32": [], "16-mixed": []}
+    clip = FoundationModule.on_before_optimizer_step
+
+    def watch(module: FoundationModule, optimizer: torch.optim.Optimizer) -> None:
+        trained = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms["16-mixed" if scaled else "32"].append(float(torch.nn.utils.get_total_norm(trained)))
+        clip(module, optimizer)
+
+    monkeypatch.setattr(FoundationModule, "on_before_optimizer_step", watch)
+    recipe = tiny_recipe(shards, Path("unused"), model={"dropout": 0.0}, optimizer={"lr": 1e-3, "clip": 0.25})
+    store = open_shards(shards)
+    for scaled in (False, True):
+        objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins)
+        heads = list({head.task: head for objective in objectives for head in objective.heads()}.values())
+        files = ModelFiles(recipe.model, token_config(recipe), "counts", store.vocabulary, heads)
+        torch.manual_seed(0)
+        module = FoundationModule(files.build(), objectives, recipe.optimizer)
+        tokeniser = Tokeniser(files.tokens, store.vocabulary, store.value_kind)
+        data = CellDataModule(store, tokeniser, recipe.data, range(120), range(0), {}, seed=0)
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0)) if scaled else None
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = L.Trainer(accelerator="cpu", max_steps=4, plugins=precision, **quiet)
+        trainer.fit(module, data)
+    assert len(norms["16-mixed"]) == 4
+    assert norms["16-mixed"] == pytest.approx(norms["32"], rel=0.02)
+    assert min(norms["32"]) > 0.25
