@@ -17,6 +17,7 @@ from scfm.data.tokens import Tokeniser
 from scfm.model.scgpt import ScGPT
 from scfm.objectives import build_objectives
 from scfm.recipe import ObjectiveConfig, OptimizerConfig
+from scfm.training.callbacks import read_metrics
 from scfm.training.datamodule import CellDataModule
 from scfm.training.launch import quieten
 from scfm.training.module import FoundationModule, gather
@@ -61,6 +62,17 @@ def test_filling_packs_changes_nothing(shards: Path, tmp_path: Path) -> None:
     ragged = weights_after(shards, tmp_path / "ragged", **still)
     filled = weights_after(shards, tmp_path / "filled", **still, data={"fill_packs": True})
     assert largest_difference(ragged, filled) < 2e-5
+
+
+@pytest.mark.parametrize("value_encoder", ["continuous", "category"])
+def test_hidden_genes_under_full_attention_are_learned(shards: Path, tmp_path: Path, value_encoder: str) -> None:
+    """The BERT-style objective: hidden genes among the others, every token sees every token of its cell."""
+    model = {"attention": "full", "value_encoder": value_encoder, "dropout": 0.0}
+    objectives = [{"name": "gep"}, {"name": "gepc"}]
+    trainer = {"max_steps": 60, "log_every_n_steps": 10}
+    pretrain(tiny_recipe(shards, tmp_path / "run", model=model, objectives=objectives, trainer=trainer))
+    losses = [value for _, name, value in read_metrics(tmp_path / "run" / "metrics.csv") if name == "train/loss"]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_run_repeats_itself_to_the_bit_and_another_seed_does_not(shards: Path, tmp_path: Path) -> None:
