@@ -274,23 +274,26 @@ def training_curves(runs: Mapping[str, TrainingLog]) -> bytes:
         for axis, (title, log) in zip(axes, runs.items(), strict=True):
             _draw_losses(axis, log)
             axis.set_title(title)
-        axes[0].set_ylabel("loss")
+        squared = any(name.startswith("train/gep") for log in runs.values() for _, name, _ in log.metrics)
+        axes[0].set_ylabel("squared error, in bins" if squared else "loss")
     return drawn.getvalue()
 
 
 def _draw_losses(axis: Axes, log: TrainingLog) -> None:
     from scfm.objectives import OBJECTIVES
 
-    parts = [name for name in OBJECTIVES if any(logged == f"train/{name}" for _, logged, _ in log.metrics)]
+    there = {logged for _, logged, _ in log.metrics}
+    # under cross entropy the squared error of the expected bin is what compares with predicting a mean
+    parts = [f"{name}_mse" if f"train/{name}_mse" in there else name for name in OBJECTIVES]
     # the parts say more than their weighted sum
-    shown = parts or ["loss"]
+    shown = [name for name in parts if f"train/{name}" in there] or ["loss"]
     for hue, name in zip((*HUES[::2], *HUES[1::2]), shown, strict=False):
         for side, style in LINE_OF_SIDE.items():
             points = np.array(
                 [(step, value) for step, logged, value in log.metrics if logged == f"{PREFIX[side]}/{name}"]
             )
             if len(points):
-                axis.plot(*points.T, color=hue, lw=1.5, label=f"{name}, {side}", **style)
+                axis.plot(*points.T, color=hue, lw=1.5, label=f"{name.removesuffix('_mse')}, {side}", **style)
     for name, value in log.baselines.items():
         axis.axhline(value, color=FAINT, lw=1, ls=":")
         place = axis.get_yaxis_transform()  # x in shares of the panel, y in losses

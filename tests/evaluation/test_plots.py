@@ -63,6 +63,18 @@ def test_umaps_stand_side_by_side_and_repeat() -> None:
     assert plots.umap_pair({"left": embedding, "right": embedding[:, :2]}, labels, n_train=40).startswith(PNG)
 
 
+def test_curves_beside_predict_the_mean_are_squared_errors() -> None:
+    """Nats of a cross entropy and squared bins of a baseline do not belong on one axis."""
+    from matplotlib.figure import Figure
+
+    rows = [(step, f"train/{name}", value) for step in (1, 2) for name, value in (("gep", 3.0), ("gep_mse", 40.0))]
+    axis = Figure().subplots()
+    plots._draw_losses(axis, plots.TrainingLog(rows, {"gene mean": 44.0}))
+    curve, baseline = axis.get_lines()
+    assert list(curve.get_ydata()) == [40.0, 40.0]
+    assert list(baseline.get_ydata()) == [44.0, 44.0]
+
+
 def test_loss_curves_of_a_run_are_written_to_a_file(tmp_path: Path) -> None:
     names = ("train/gep", "train/loss", "valid/gep", "valid/loss")
     metrics = [(step, name, 9.0 / step) for step in (1, 2, 3) for name in names]
