@@ -34,7 +34,7 @@ def write_shards(folder: Path, n: int = 120, seed: int = 0) -> Path:
     writer = ShardWriter(folder, vocabulary, "counts", {name: column.categories for name, column in store.obs.items()})
     for block in store.blocks:
         writer.write(block, {name: column.codes for name, column in store.obs.items()})
-    writer.finish([{"file": "made-up.h5ad", "kept": n}])
+    writer.finish([{"file": "made-up.h5ad", "kept": n}], shuffled=True)
     return folder
 
 

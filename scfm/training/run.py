@@ -106,7 +106,8 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     )
     torch.manual_seed(recipe.seed)
     network = files.build()
-    train_rows, valid_rows = hold_out(store, recipe)
+    shuffled = read_manifest(shards).get("shuffled", False)
+    train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
     job = Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, gene_tables)
     return fit(job, run)
 
@@ -181,14 +182,16 @@ def token_config(recipe: Recipe) -> TokenConfig:
     )
 
 
-def hold_out(store: CellStore, recipe: Recipe) -> tuple[Rows, Rows]:
-    """Return training and validation rows.
+def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool) -> tuple[Rows, Rows]:
+    """Return training and validation rows, a fair sample of the cells on either side.
 
-    Shards are shuffled when they are built, so that the last rows are a fair sample and two ranges say it all.
+    Where the shards were shuffled when they were built, two ranges say it all; else the rows are drawn.
     """
-    n_valid = round(store.n_cells * recipe.data.valid_fraction)
-    n_train = store.n_cells - n_valid
-    return range(n_train), range(n_train, store.n_cells)
+    n_train = n_cells - round(n_cells * fraction)
+    if shuffled:
+        return range(n_train), range(n_train, n_cells)
+    drawn = np.random.default_rng(seed).permutation(n_cells)
+    return np.sort(drawn[:n_train]), np.sort(drawn[n_train:])
 
 
 def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
