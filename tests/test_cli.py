@@ -47,11 +47,7 @@ def test_bad_input_is_one_message_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scfm.cli", "embed", "cells.h5ad", "--model", "nowhere", "--out", "out.h5ad"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "scfm: cells.h5ad: cannot be read as h5ad (FileNotFoundError: [Errno 2] Unable to synchronously open file "
-        "(unable to open file: name = 'cells.h5ad', errno = 2, error message = 'No such file or directory', flags = 0, "
-        "o_flags = 0))"
-    ] or done.stderr.startswith("scfm: cells.h5ad: ")
+    assert done.stderr.startswith("scfm: cells.h5ad: cannot be read as h5ad (FileNotFoundError")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
