@@ -19,7 +19,6 @@ from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
-from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
 from scfm.version import __version__
@@ -146,7 +145,7 @@ class PretrainedModel:
         loader = PackLoader(
             store,
             CellOrder(range(store.n_cells), CELLS_PER_BATCH, seed=tokens.seed, shuffle=False),
-            Tokeniser(tokens, self.files.vocabulary, store.value_kind),
+            self.files.tokeniser(tokens),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
             # conditions join after the transformer, for value decoders alone: embeddings and labels do without
             cell_conditions={name: np.full(store.n_cells, -1) for name in self.files.cell_conditions},

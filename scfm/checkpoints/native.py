@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from scfm.data.hashing import load_hashes, save_hashes
 from scfm.data.store import ValueKind
-from scfm.data.tokens import TokenConfig
+from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.model import MODELS
@@ -47,6 +47,7 @@ class ModelFiles:
         heads: what it predicts.
         cell_conditions: obs column -> category names behind its indices.
         gene_conditions: condition -> category names behind its indices.
+        gene_tables: condition -> index of every vocabulary entry.
         training_data: manifest entries of what it was trained on.
         cell_hashes: (n,) sorted profile hashes of the cells it was trained on, or None where that is not known.
         card: text of README.md.
@@ -59,9 +60,15 @@ class ModelFiles:
     heads: list[HeadSpec]
     cell_conditions: dict[str, list[str]] = field(default_factory=dict)
     gene_conditions: dict[str, list[str]] = field(default_factory=dict)
+    gene_tables: dict[str, list[int]] = field(default_factory=dict)
     training_data: dict[str, Any] = field(default_factory=dict)
     cell_hashes: NDArray[np.uint64] | None = None
     card: str = ""
+
+    def tokeniser(self, tokens: TokenConfig | None = None) -> Tokeniser:
+        """Return what turns cells into this model's tokens; `tokens` in place of its own where given."""
+        tables = {name: np.asarray(table, np.int64) for name, table in self.gene_tables.items()}
+        return Tokeniser(tokens or self.tokens, self.vocabulary, self.value_kind, tables)
 
     def build(self) -> nn.Module:
         """Return a network of this form with fresh weights."""
@@ -99,7 +106,7 @@ def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: 
         "vocabulary_hash": files.vocabulary.hash,
         "heads": [asdict(head) for head in files.heads],
     }
-    conditions = {"cell": files.cell_conditions, "gene": files.gene_conditions}
+    conditions = {"cell": files.cell_conditions, "gene": files.gene_conditions, "gene_tables": files.gene_tables}
     for name, content in (
         ("config.json", config),
         ("conditions.json", conditions),
@@ -142,6 +149,7 @@ def read_model(folder: Path | str) -> ModelFiles:
         heads=[of_type(HeadSpec, head, folder) for head in config["heads"]],
         cell_conditions=conditions["cell"],
         gene_conditions=conditions["gene"],
+        gene_tables=conditions["gene_tables"],
         training_data=read_json(folder / "training_data.json"),
         cell_hashes=load_hashes(hashes) if hashes.exists() else None,
         card=(folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else "",

@@ -1,1 +1,1 @@
-"""data"""
+"""From sources to packed batches: vocabulary, shards, order, tokens."""

@@ -23,7 +23,7 @@ from scfm.data.conditions import read_gene_condition
 from scfm.data.hashing import load_hashes
 from scfm.data.shards import open_shards, read_manifest
 from scfm.data.store import CellStore
-from scfm.data.tokens import TokenConfig, Tokeniser
+from scfm.data.tokens import TokenConfig
 from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
@@ -56,7 +56,6 @@ class Job:
         train_rows: rows of the store to train on.
         valid_rows: rows held out.
         cell_conditions: name -> (N,) int64 index of every row of the store.
-        gene_tables: name -> (V,) int64 index of every gene.
     """
 
     recipe: Recipe
@@ -67,7 +66,6 @@ class Job:
     train_rows: Rows
     valid_rows: Rows
     cell_conditions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    gene_tables: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
@@ -87,7 +85,6 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
     shards = Path(recipe.data.shards)
     store = open_shards(shards)
-    run = open_run(recipe, resume)
     objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins)
     cell_conditions, cell_names = indices_of(store, recipe.model.cell_conditions)
     gene_tables, gene_names = {}, {}
@@ -101,14 +98,16 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         heads=list({head.task: head for objective in objectives for head in objective.heads()}.values()),
         cell_conditions=cell_names,
         gene_conditions=gene_names,
+        gene_tables={name: table.tolist() for name, table in gene_tables.items()},
         training_data={"stage": "pretraining", "manifest": read_manifest(shards)},
         cell_hashes=load_hashes(shards / "cells.hash"),
     )
+    run = open_run(recipe, resume)
     torch.manual_seed(recipe.seed)
     network = files.build()
     shuffled = read_manifest(shards).get("shuffled", False)
     train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
-    job = Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, gene_tables)
+    job = Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
     return fit(job, run)
 
 
@@ -116,9 +115,8 @@ def fit(job: Job, run: RunDirectory) -> Path:
     """Train a job to the end of its recipe and export its best weights, plots and card; return the model directory."""
     recipe = job.recipe
     set_trainable(job.network, recipe.trainable)
-    tokeniser = Tokeniser(job.files.tokens, job.store.vocabulary, job.store.value_kind, job.gene_tables)
     data = CellDataModule(
-        job.store, tokeniser, recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
+        job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
     )
     module = FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed)
     validates = len(job.valid_rows) > 0

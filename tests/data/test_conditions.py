@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cells import made_up_cells
 from runs import tiny_recipe, write_shards
 
+import scfm
 from scfm.checkpoints.native import read_model, read_weights
 from scfm.data.conditions import read_gene_condition
 from scfm.data.vocabulary import Gene, Vocabulary
@@ -57,4 +59,9 @@ def test_conditions_are_trained_and_saved(tmp_path: Path) -> None:
         )
     )
     assert read_model(model).gene_conditions == {"pathway": ["none", "cycle", "stress"]}
+    # the table travels with the model: it embeds, and can be fine-tuned
+    loaded = scfm.load(model)
+    assert loaded.embed(made_up_cells(4)).obsm["X_scfm"].shape == (4, 16)
+    quick = {"max_epochs": 1, "accelerator": "cpu"}
+    loaded.finetune(made_up_cells(60), "annotation", trainer=quick).predict(made_up_cells(4))
     assert read_weights(model)["backbone.gene_conditions.pathway.embedding.weight"].shape == (3, 16)
