@@ -74,7 +74,14 @@ class ModelConfig:
         unknown_output_projection: Whether unknown genes pass the output projection; scGPT's weights expect false.
         backend: Attention backend; `auto` picks the fastest that the device has.
         cell_embedding: The `<cls>` token, the mean of the known tokens, or their value-weighted sum (L2-normalised).
-        cell_conditions: obs columns (batch, modality ...) whose embeddings join the output before the value decoders.
+        cell_conditions: obs columns (batch, donor ...) whose embeddings join what the value decoders read.
+        input_norm: Norm of the embedded tokens over the cells: `none`, `batch` (one batch norm, as scGPT had until
+            September 2023), or `domain` (DSBN: statistics of their own for the cells of each domain).
+        domain: For input_norm domain, the obs column that tells the domain (batch, donor ...).
+        modality: The gene condition (of `data.gene_conditions`) that is a gene's modality: its embedding joins what the
+            value decoders read instead of the token (scGPT's multi-omic model).
+        padded_batches: Compute as scGPT does on padded batches: DSBN by the first cell's domain, and padding counted in
+            norm statistics and in mean and weighted cell embeddings. For comparisons only: batch mates then matter.
     """
 
     name: str = "scgpt"
@@ -91,6 +98,10 @@ class ModelConfig:
     backend: Literal["auto", "flash_cpu", "dense"] = "auto"
     cell_embedding: Literal["cls", "mean", "weighted"] = "cls"
     cell_conditions: list[str] = field(default_factory=list)
+    input_norm: Literal["none", "batch", "domain"] = "none"
+    domain: str | None = None
+    modality: str | None = None
+    padded_batches: bool = False
 
 
 @dataclass
@@ -98,17 +109,23 @@ class ObjectiveConfig:
     """One term of the loss.
 
     Args:
-        name: Registered objective: gep, gepc, cell_prompt, ecs, cls.
+        name: Registered objective: gep, gepc, cell_prompt, ecs, cls, dar, cce.
         weight: Its factor in the sum.
         loss: For values, `mse` over bins (the released code) or `cross_entropy` over bins (the paper's formula).
+        nonzero: For gep and gepc, also learn whether a gene is expressed (scGPT's explicit zero probability).
         threshold: For ecs, the similarity above which cells are drawn together, and below which they are pushed apart.
+        condition: For dar, the obs column (batch, donor ...) that the cell embedding should not tell.
+        temperature: For cce, what cosine similarities are divided by.
         start_step: First optimizer step in which the term counts.
     """
 
     name: str
     weight: float = 1.0
     loss: Literal["mse", "cross_entropy"] = "mse"
+    nonzero: bool = False
     threshold: float = 0.8
+    condition: str | None = None
+    temperature: float = 0.5
     start_step: int = 0
 
 
@@ -245,6 +262,12 @@ class Recipe:
         plain["from"] = plain.pop("from_model")
         return plain
 
+    @property
+    def cell_conditions(self) -> list[str]:
+        """The obs columns that the model or an objective asks for, the task's label aside."""
+        asked = [self.model.domain, *(objective.condition for objective in self.objectives)]
+        return list(dict.fromkeys([*self.model.cell_conditions, *(name for name in asked if name)]))
+
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
@@ -276,6 +299,11 @@ def check(recipe: Recipe) -> None:
         if name in names and not hides:
             wrong.append(
                 f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none"
+            )
+    for objective in recipe.objectives:
+        if objective.nonzero and objective.loss == "cross_entropy":
+            wrong.append(
+                f"objectives: {objective.name} has nonzero and loss cross_entropy; bin 0 of the latter says it already"
             )
     if model.value_encoder == "scaling" and model.attention == "full" and hides:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")

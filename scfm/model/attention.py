@@ -58,10 +58,12 @@ class AttentionLayout:
     Attributes:
         cu_seqlens: (N + 1,) cell boundaries.
         n_keys: (N,) leading tokens of each cell that all its tokens see.
+        self_key: whether a token that is not among them also sees itself.
     """
 
     cu_seqlens: Tensor
     n_keys: Tensor
+    self_key: bool = True
 
     @classmethod
     def of(cls, batch: PackedBatch, mode: Mode) -> AttentionLayout:
@@ -88,10 +90,9 @@ class AttentionLayout:
         lengths = self.cu_seqlens.diff()
         position = torch.arange(int(lengths.max()), device=lengths.device)
         holds_token = position < lengths[:, None]
-        # the diagonal also keeps the softmax of padded rows finite
-        sees = (position < self.n_keys[:, None])[:, None, :] | torch.eye(
-            len(position), dtype=torch.bool, device=lengths.device
-        )
+        sees = (position < self.n_keys[:, None])[:, None, :].expand(-1, len(position), -1)
+        if self.self_key:
+            sees = sees | torch.eye(len(position), dtype=torch.bool, device=lengths.device)
         return holds_token, sees[:, None]
 
 
@@ -108,7 +109,7 @@ class _FlashCPU(torch.autograd.Function):
             q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
             m = run.keys
             o, total = aten._scaled_dot_product_flash_attention_for_cpu(q, k[:, :, :m], v[:, :, :m], scale=scale)
-            if m < run.length:
+            if m < run.length and layout.self_key:
                 s = (q[:, :, m:].to(exact) * k[:, :, m:]).sum(-1).mul_(scale)  # (cells, H, unknown)
                 known = total[:, :, m:].clone()
                 total[:, :, m:] = torch.logaddexp(known, s)
@@ -135,7 +136,9 @@ class _FlashCPU(torch.autograd.Function):
             )
             for mine, theirs in zip((dq, dk[:, :, :m], dv[:, :, :m]), known, strict=True):
                 mine.copy_(theirs)
-            if m < run.length:
+            if not ctx.layout.self_key:
+                dk[:, :, m:], dv[:, :, m:] = 0, 0
+            if m < run.length and ctx.layout.self_key:
                 q, k, v, do, o = (x[:, :, m:] for x in (q, k, v, do, o))
                 p = run.heads_first(p_self)[:, :, m:].unsqueeze(-1)  # (cells, H, unknown, 1)
                 do = do.to(p.dtype)

@@ -82,6 +82,18 @@ class GeneCondition(nn.Module):
         return self.embedding(conditions)
 
 
+class Modality(nn.Module):
+    """A layer-normed vector per modality, for the decoders to read: (T,) -> (T, D)."""
+
+    def __init__(self, n_modalities: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_modalities, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, modalities: Tensor) -> Tensor:
+        return self.norm(self.embedding(modalities))
+
+
 class CellCondition(nn.Module):
     """A layer-normed vector per condition of a cell (batch, modality), for the decoders to read: (N,) -> (N, D).
 

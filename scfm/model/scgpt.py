@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm.data.batch import PackedBatch
+from scfm.errors import ScfmError
 from scfm.model.attention import AttentionLayout
-from scfm.model.embeddings import CellCondition, GeneCondition, GeneEmbedding, value_encoder
-from scfm.model.heads import HeadSpec, build_head
+from scfm.model.embeddings import CellCondition, GeneCondition, GeneEmbedding, Modality, value_encoder
+from scfm.model.heads import HeadSpec, Values, build_head
+from scfm.model.input_norm import InputNorm
+from scfm.model.padding import Padded
 from scfm.model.transformer import Block
 from scfm.recipe import ModelConfig
 
@@ -24,12 +27,19 @@ class ModelOutput:
         tokens: (T, D) the transformer's output.
         cell: (N, D) cell embeddings.
         predictions: by head; `gep` and `gepc` heads predict at `batch.predicted` only, (U,) values or (U, n_bins)
-            logits, `cls` heads (N, n_classes) logits.
+            logits, and where asked for (U,) logits of being expressed under `<head>_nonzero`; `cls` and `domain` heads
+            predict (N, n_classes) logits.
     """
 
     tokens: Tensor
     cell: Tensor
     predictions: dict[str, Tensor]
+
+    def add_values(self, task: str, values: Values) -> None:
+        """Put what a value decoder predicts among the predictions."""
+        self.predictions[task] = values.values
+        if values.nonzero is not None:
+            self.predictions[f"{task}_nonzero"] = values.nonzero
 
 
 class Backbone(nn.Module):
@@ -45,49 +55,109 @@ class Backbone(nn.Module):
         gene_conditions: dict[str, int],
     ) -> None:
         super().__init__()
+        check_conditions(config, cell_conditions, gene_conditions)
         self.config = config
+        self.pad = pad
         width = config.width
         self.gene_embedding = GeneEmbedding(n_tokens, width, pad)
         self.value_encoder = value_encoder(config.value_encoder, width, n_bins, config.dropout)
         if config.attention == "generative":
             self.unknown_flag = nn.Parameter(torch.randn(width))
-        self.gene_conditions = nn.ModuleDict({name: GeneCondition(n, width) for name, n in gene_conditions.items()})
-        self.cell_conditions = nn.ModuleDict({name: CellCondition(n, width) for name, n in cell_conditions.items()})
+        added = {name: n for name, n in gene_conditions.items() if name != config.modality}
+        self.gene_conditions = nn.ModuleDict({name: GeneCondition(n, width) for name, n in added.items()})
+        read = {name: cell_conditions[name] for name in config.cell_conditions}
+        self.cell_conditions = nn.ModuleDict({name: CellCondition(n, width) for name, n in read.items()})
+        self.modality = Modality(gene_conditions[config.modality], width) if config.modality else None
+        n_domains = cell_conditions[config.domain] if config.domain else 1
+        self.input_norm = (
+            InputNorm(width, n_domains, config.input_norm == "batch") if config.input_norm != "none" else None
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
-    def embed(self, genes: Tensor, batch: PackedBatch, cell_prompt: Tensor | None) -> Tensor:
+    def forward(self, batch: PackedBatch, cell_prompt: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gene embeddings (T, D), the transformer's output (T, D) and the cell embeddings (N, D)."""
+        if self.config.padded_batches:
+            padded = Padded.of(batch, self.pad)
+            genes, tokens, cells = self.encode(padded.batch, padded.counted, cell_prompt)
+            return genes[padded.own], tokens[padded.own], cells
+        return self.encode(batch, None, cell_prompt)
+
+    def encode(
+        self, batch: PackedBatch, counted: Tensor | None, cell_prompt: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As forward; `counted` (T,) says how many padded positions each token stands for where padding counts."""
+        genes = self.gene_embedding(batch.genes)  # (T, D)
+        x = self.embed(genes, batch, counted, cell_prompt)
+        layout = AttentionLayout.of(batch, self.config.attention)
+        if counted is not None:  # the last token of each cell is padding: a query, but no key
+            layout = AttentionLayout(batch.cu_seqlens, batch.cu_seqlens.diff() - 1, self_key=False)
+        for block in self.blocks:
+            x = block(x, layout, batch.unknown_mask)
+        return genes, x, self.pool(x, batch, counted)
+
+    def embed(self, genes: Tensor, batch: PackedBatch, counted: Tensor | None, cell_prompt: Tensor | None) -> Tensor:
         """Return the input of the first block, (T, D), from the gene embeddings (T, D)."""
         x = self.value_encoder(genes, batch)
         if self.config.attention == "generative":
             x = torch.where(batch.unknown_mask[:, None], genes + self.unknown_flag, x)
         for name, condition in self.gene_conditions.items():
             x = x + condition(batch.gene_conditions[name])
+        if self.input_norm is not None:
+            domain = torch.zeros_like(batch.cell_id)  # (N,)
+            if self.config.domain:
+                domain = batch.cell_conditions[self.config.domain]
+                domain = domain[:1].expand_as(domain) if self.config.padded_batches else domain
+            real = batch.real_cells[batch.cell_of_token]
+            x = self.input_norm(x, domain[batch.cell_of_token], real if counted is None else counted)
         if cell_prompt is not None:
             x = x.index_copy(0, batch.cu_seqlens[:-1].long(), cell_prompt.to(x.dtype))
         return x
 
-    def encode(self, x: Tensor, batch: PackedBatch) -> Tensor:
-        """Pass the tokens through all blocks, (T, D) -> (T, D)."""
-        layout = AttentionLayout.of(batch, self.config.attention)
-        for block in self.blocks:
-            x = block(x, layout, batch.unknown_mask)
-        return x
-
-    def pool(self, tokens: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the cell embeddings, (T, D) -> (N, D)."""
+    def pool(self, tokens: Tensor, batch: PackedBatch, counted: Tensor | None) -> Tensor:
+        """Return the cell embeddings, (T, D) -> (N, D): of known tokens, or of all positions where padding counts."""
         if self.config.cell_embedding == "cls":
             return tokens.index_select(0, batch.cu_seqlens[:-1].long())
         weighted = self.config.cell_embedding == "weighted"
-        weights = batch.values.to(tokens.dtype) if weighted else torch.ones_like(batch.values, dtype=tokens.dtype)
-        weights = weights.masked_fill(batch.unknown_mask, 0)  # (T,)
-        sums = tokens.new_zeros(batch.n_cells, tokens.shape[1])
-        sums = sums.index_add(0, batch.cell_of_token, tokens * weights[:, None])  # (N, D)
-        return F.normalize(sums, dim=-1) if weighted else sums / batch.n_known[:, None]
+        counted = (~batch.unknown_mask if counted is None else counted).to(tokens.dtype)  # (T,)
+        weights = counted * batch.values.to(tokens.dtype) if weighted else counted
 
-    def condition(self, batch: PackedBatch) -> Tensor | None:
-        """Return the sum of each cell's condition embeddings, (N, D), or None without conditions."""
-        parts = [embedding(batch.cell_conditions[name]) for name, embedding in self.cell_conditions.items()]
+        def total(x: Tensor) -> Tensor:
+            return x.new_zeros(batch.n_cells, *x.shape[1:]).index_add(0, batch.cell_of_token, x)
+
+        sums = total(tokens * weights[:, None])  # (N, D)
+        return F.normalize(sums, dim=-1) if weighted else sums / total(counted)[:, None]
+
+    def conditions(self, batch: PackedBatch, where: Tensor) -> Tensor | None:
+        """Return what decoders read of the conditions at some tokens, (U,) -> (U, D), or None without any.
+
+        At the first tokens of the cells these are the conditions of the cells.
+        """
+        cell = batch.cell_of_token[where]
+        parts = [
+            embedding(batch.cell_conditions[name]).index_select(0, cell)
+            for name, embedding in self.cell_conditions.items()
+        ]
+        if self.config.modality and self.modality is not None:
+            parts.append(self.modality(batch.gene_conditions[self.config.modality][where]))
         return torch.stack(parts).sum(0) if parts else None
+
+
+def check_conditions(config: ModelConfig, cell_conditions: dict[str, int], gene_conditions: dict[str, int]) -> None:
+    """Refuse a form that names conditions which the data do not have, or that cannot be computed. Raises ScfmError."""
+    if (config.input_norm == "domain") != (config.domain is not None):
+        raise ScfmError("model.domain: names the obs column of model.input_norm domain; set both or neither")
+    for name in [*config.cell_conditions, *([config.domain] if config.domain else [])]:
+        if name not in cell_conditions:
+            raise ScfmError(
+                f"model: the cell condition {name!r} is not among those of the data: {sorted(cell_conditions)}"
+            )
+    if config.modality and config.modality not in gene_conditions:
+        raise ScfmError(
+            f"model.modality: {config.modality!r} is not among the gene conditions {sorted(gene_conditions)}; "
+            "name its table in data.gene_conditions"
+        )
+    if config.padded_batches and (config.attention != "full" or config.value_encoder == "category"):
+        raise ScfmError("model.padded_batches: needs attention full, and a continuous or scaling value encoder")
 
 
 class ScGPT(nn.Module):
@@ -98,8 +168,10 @@ class ScGPT(nn.Module):
         n_tokens: length of the vocabulary, special tokens included.
         pad: vocabulary index of `<pad>`.
         n_bins: value bins.
-        cell_conditions: obs column -> number of categories, embedded and joined to what the value decoders read.
-        gene_conditions: name -> number of conditions (0 means none), embedded and added to the input.
+        cell_conditions: obs column -> number of categories; those that the config names are embedded and joined to what
+            the value decoders read, or tell the domains of the input norm.
+        gene_conditions: name -> number of conditions (0 means none), embedded and added to the input; the one that the
+            config names as modality joins what the value decoders read instead.
         heads: what it predicts.
     """
 
@@ -116,7 +188,7 @@ class ScGPT(nn.Module):
         super().__init__()
         self.specs = {spec.task: spec for spec in heads}
         self.backbone = Backbone(config, n_tokens, pad, n_bins, cell_conditions, gene_conditions)
-        in_width = 2 * config.width if cell_conditions else config.width
+        in_width = 2 * config.width if config.cell_conditions or config.modality else config.width
         self.heads = nn.ModuleDict({spec.task: build_head(spec, config.width, in_width, n_bins) for spec in heads})
 
     def forward(self, batch: PackedBatch, cell_prompt: Tensor | None = None) -> ModelOutput:
@@ -127,22 +199,40 @@ class ScGPT(nn.Module):
             cell_prompt: (N, D) replaces the input embedding of each cell's first token; then only `gep` heads predict,
                 from what the cell embedding alone adds.
         """
-        genes = self.backbone.gene_embedding(batch.genes)  # (T, D)
-        tokens = self.backbone.encode(self.backbone.embed(genes, batch, cell_prompt), batch)
-        cells = self.backbone.pool(tokens, batch)
+        genes, tokens, cells = self.backbone(batch, cell_prompt)
         output = ModelOutput(tokens, cells, {})
-        where, cell_of_gene = batch.predicted, batch.cell_of_token[batch.predicted]  # (U,), (U,)
-        condition = self.backbone.condition(batch)  # (N, D)
         for task, head in self.heads.items():
-            kind = self.specs[task].kind
-            if kind == "gep":
-                read = tokens.index_select(0, where)  # (U, D)
-                if condition is not None:
-                    read = torch.cat([read, condition.index_select(0, cell_of_gene)], -1)
-                output.predictions[task] = head(read)
-            elif kind == "gepc" and cell_prompt is None:
-                joined = cells if condition is None else torch.cat([cells, condition], -1)
-                output.predictions[task] = head(genes.index_select(0, where), joined, cell_of_gene)
-            elif kind == "cls" and cell_prompt is None:
+            spec = self.specs[task]
+            if spec.kind == "gep":
+                output.add_values(task, self.read_tokens(spec, head, tokens, batch))
+            elif cell_prompt is None and spec.kind == "gepc":
+                output.add_values(task, self.read_cells(spec, head, genes, cells, batch))
+            elif cell_prompt is None:
                 output.predictions[task] = head(cells)
         return output
+
+    def read_tokens(self, spec: HeadSpec, head: nn.Module, tokens: Tensor, batch: PackedBatch) -> Values:
+        """Predict the values of the unknown genes from their tokens."""
+        where = batch.predicted  # (U,)
+        read = joined(tokens.index_select(0, where), self.backbone.conditions(batch, where))  # (U, in)
+        if not spec.affine:
+            return head(read)
+        inputs = batch.values.to(read.dtype)
+        sums = inputs.new_zeros(2, batch.n_cells).index_add(
+            1, batch.cell_of_token, torch.stack([inputs, (inputs != 0).to(inputs)])
+        )
+        mean = sums[0] / sums[1].clamp(min=1)  # (N,)
+        return head(read, inputs[where], mean[batch.cell_of_token[where]])
+
+    def read_cells(self, spec: HeadSpec, head: nn.Module, genes: Tensor, cells: Tensor, batch: PackedBatch) -> Values:
+        """Predict the values of the unknown genes from the embeddings of their cells."""
+        where = batch.predicted  # (U,)
+        query = genes.index_select(0, where)
+        if spec.query_reads_conditions:
+            query = joined(query, self.backbone.conditions(batch, where))
+        of_cells = self.backbone.conditions(batch, batch.cu_seqlens[:-1].long())  # (N, D)
+        return head(query, joined(cells, of_cells), batch.cell_of_token[where])
+
+
+def joined(x: Tensor, condition: Tensor | None) -> Tensor:
+    return x if condition is None else torch.cat([x, condition], -1)

@@ -14,6 +14,7 @@ from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
 from scfm.model.scgpt import ModelOutput
+from scfm.objectives.inputs import ObjectiveInputs
 from scfm.recipe import ObjectiveConfig
 
 
@@ -37,13 +38,11 @@ class CLS:
     needs_second_pass: ClassVar[bool] = False
 
     @classmethod
-    def from_config(
-        cls, config: ObjectiveConfig, n_bins: int, labels: Sequence[str], class_weights: Tensor | None
-    ) -> Self:
+    def from_config(cls, config: ObjectiveConfig, inputs: ObjectiveInputs) -> Self:
         """Build it from its section of the recipe. Raises ScfmError with fewer than two labels."""
-        if len(labels) < 2:
-            raise ScfmError(f"objectives: cls needs a task with at least 2 labels, there are {len(labels)}")
-        return cls(labels, class_weights, config.weight, config.start_step)
+        if len(inputs.labels) < 2:
+            raise ScfmError(f"objectives: cls needs a task with at least 2 labels, there are {len(inputs.labels)}")
+        return cls(inputs.labels, inputs.class_weights, config.weight, config.start_step)
 
     def heads(self) -> list[HeadSpec]:
         """Return the heads that it reads."""
@@ -56,10 +55,17 @@ class CLS:
         """
         if "label" not in batch.cell_conditions:
             raise ScfmError("objective cls: the batch has no cell condition `label`; name the label column of the task")
-        logits = output.predictions[self.head]  # (N, C)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        label = torch.where(batch.real_cells, batch.cell_conditions["label"], -1)
-        weights = None if self.class_weights is None else self.class_weights.to(logits)
-        count = max(batch.total_cells, 1)
-        loss = F.cross_entropy(logits, label, weights, ignore_index=-1, reduction="sum") / count
-        return loss, {"cls_accuracy": (logits.detach().argmax(-1) == label).sum() / count}
+        loss, accuracy = class_loss(output.predictions[self.head], "label", batch, self.class_weights)
+        return loss, {"cls_accuracy": accuracy}
+
+
+def class_loss(
+    logits: Tensor, condition: str, batch: PackedBatch, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of a cell condition and the accuracy, as shares of the global batch: (N, C) logits."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    truth = torch.where(batch.real_cells, batch.cell_conditions[condition], -1)
+    weights = None if class_weights is None else class_weights.to(logits)
+    count = max(batch.total_cells, 1)
+    loss = F.cross_entropy(logits, truth, weights, ignore_index=-1, reduction="sum") / count
+    return loss, (logits.detach().argmax(-1) == truth).sum() / count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scfm.model.heads import HeadSpec
+from scfm.objectives.inputs import ObjectiveInputs
 from scfm.recipe import ObjectiveConfig
 
 
@@ -26,12 +26,11 @@ class ECS:
 
     name: ClassVar[str] = "ecs"
     scope: ClassVar[str] = "global"
+    views: ClassVar[int] = 1
     needs_second_pass: ClassVar[bool] = False
 
     @classmethod
-    def from_config(
-        cls, config: ObjectiveConfig, n_bins: int, labels: Sequence[str], class_weights: Tensor | None
-    ) -> Self:
+    def from_config(cls, config: ObjectiveConfig, inputs: ObjectiveInputs) -> Self:
         """Build it from its section of the recipe."""
         return cls(config.threshold, config.weight, config.start_step)
 

@@ -72,7 +72,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
             adata,
             model.files.vocabulary,
             accept_normalised=model.files.value_kind == "normalised",
-            obs_columns=[(recipe.task or TaskConfig()).label, *recipe.model.cell_conditions],
+            obs_columns=[(recipe.task or TaskConfig()).label, *recipe.cell_conditions],
         )
         tuned = load(run_on(recipe, model.files, store, {}, None))
         if "out" not in keys:  # the run is about to go: keep what is still read from it, and name no lost folder
@@ -93,18 +93,21 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
     rows = np.flatnonzero(labels >= 0)
     counts = np.bincount(labels[rows], minlength=len(names))
     weights = len(rows) / (len(names) * counts) if task.class_weights == "balanced" else None
+    unread: list[str] = []  # what only value decoders read would never get a gradient without one
+    if not any(objective.name in ("gep", "gepc", "cell_prompt") for objective in recipe.objectives):
+        unread = ["backbone.cell_conditions.", "backbone.modality."]
+        files = replace(files, gene_conditions=without(files.gene_conditions, recipe.model.modality))
+        recipe = replace(recipe, model=replace(recipe.model, cell_conditions=[], modality=None))
+    cell_conditions, condition_names = indices_of(store, recipe.cell_conditions)
     objectives = build_objectives(
         recipe.objectives,
         n_bins=recipe.data.n_bins,
         labels=names,
         class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+        categories=condition_names,
     )
     heads = {head.task: head for objective in objectives for head in objective.heads()}
-    if not any(head.kind in ("gep", "gepc") for head in heads.values()):
-        # only value decoders read cell conditions; without one their embeddings would never get a gradient
-        recipe = replace(recipe, model=replace(recipe.model, cell_conditions=[]))
     run = open_run(recipe, resume)
-    cell_conditions, condition_names = indices_of(store, recipe.model.cell_conditions)
     new = replace(
         files,
         model=recipe.model,
@@ -117,14 +120,17 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
     torch.manual_seed(recipe.seed)
     network = new.build()
     pretrained = read_weights(str(recipe.from_model))
-    if not recipe.model.cell_conditions:
-        pretrained = {name: w for name, w in pretrained.items() if not name.startswith("backbone.cell_conditions.")}
+    pretrained = {name: w for name, w in pretrained.items() if not name.startswith(tuple(unread))}
     shared_heads = {head.task for head in new.heads if head in files.heads}
     for prefix in ("backbone.", *(f"heads.{task}." for task in shared_heads)):
         load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
     train, valid = split_rows(rows, labels, recipe)
     job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels})
     return fit(job, run)
+
+
+def without(conditions: dict[str, list[str]], name: str | None) -> dict[str, list[str]]:
+    return {other: names for other, names in conditions.items() if other != name}
 
 
 def labels_of(store: CellStore, task: TaskConfig) -> tuple[NDArray[np.int64], list[str]]:

@@ -74,8 +74,11 @@ class FoundationModule(L.LightningModule):
                 self.seed_dropout(index)
                 output = self.network(pack)
                 loss, pack_metrics = self.pack_losses(pack, output, active)
-                if pulls is not None:
-                    loss = loss + (output.cell * pulls[index]).sum()
+                for view, pull in enumerate(pulls):
+                    if view > 0:
+                        self.seed_dropout(index, view)
+                        output = self.network(pack)
+                    loss = loss + (output.cell * pull[index]).sum()
                 # DDP averages gradients over the ranks; the losses are shares of a global mean and must be summed
                 self.manual_backward(loss * self.trainer.world_size)
             add(metrics, pack_metrics)
@@ -114,7 +117,8 @@ class FoundationModule(L.LightningModule):
                 continue
             if objective.needs_second_pass:
                 second = self.network(pack, cell_prompt=output.cell.detach())
-                output.predictions[objective.name] = second.predictions["gep"]
+                for name, prediction in second.predictions.items():
+                    output.predictions[name.replace("gep", objective.name, 1)] = prediction
             loss, details = objective.loss(pack, output)
             total = total + objective.weight * loss
             metrics |= {objective.name: loss.detach(), **details}
@@ -123,33 +127,37 @@ class FoundationModule(L.LightningModule):
 
     def global_losses(
         self, packs: list[PackedBatch], objectives: Sequence[Objective]
-    ) -> tuple[Metrics, list[Tensor] | None]:
+    ) -> tuple[Metrics, list[list[Tensor]]]:
         """Return the losses over all cells of the global batch, and their gradient at each pack's cell embeddings.
 
-        A loss between cells (ECS) does not split over packs and ranks, its gradient at the cell embeddings does: the
-        embeddings are computed once without a graph, gathered, and the gradient is handed to each pack's own backward.
-        Dropout draws the same numbers in both passes.
+        A loss between cells (ECS, CCE) does not split over packs and ranks, its gradient at the cell embeddings does:
+        the embeddings are computed once without a graph, gathered, and the gradient is handed to each pack's own
+        backward. Dropout draws the same numbers in both passes, and others for each view. The gradients stand by view,
+        then by pack; there are none without such a loss, and in validation.
         """
         terms = [objective for objective in objectives if objective.scope == "global"]
         if not terms:
-            return {}, None
+            return {}, []
+        views: list[Tensor] = []
         with torch.no_grad():
-            cells = []
-            for index, pack in enumerate(packs):
-                self.seed_dropout(index)
-                cells.append(self.network(pack).cell)
+            for view in range(max(objective.views for objective in terms)):
+                cells = []
+                for index, pack in enumerate(packs):
+                    self.seed_dropout(index, view)
+                    cells.append(self.network(pack).cell)
+                views.append(torch.cat(cells).float())  # (N of this rank, D)
         # autocast caches its casts of the weights; those made without a graph must not serve the pass with one
         torch.clear_autocast_cache()
         real = torch.cat([pack.real_cells for pack in packs])
         with torch.enable_grad():
-            local = torch.cat(cells).float().requires_grad_()  # (N of this rank, D)
-            everyone = gather(local[real])  # (N of the global batch, D)
-            losses = {objective.name: objective.loss(everyone) for objective in terms}
+            local = [view.requires_grad_() for view in views]
+            everyone = [gather(view[real]) for view in local]  # (N of the global batch, D) each
+            losses = {objective.name: objective.loss(*everyone[: objective.views]) for objective in terms}
             weighted = sum(objective.weight * losses[objective.name] for objective in terms)
-        pulls = None
+        pulls: list[list[Tensor]] = []
         if self.training:
-            (gradient,) = torch.autograd.grad(weighted, local)
-            pulls = list(gradient.split([pack.n_cells for pack in packs]))
+            sizes = [pack.n_cells for pack in packs]
+            pulls = [list(gradient.split(sizes)) for gradient in torch.autograd.grad(weighted, local)]
         share = 1.0 / self.trainer.world_size
         metrics = {name: loss.detach() * share for name, loss in losses.items()}
         return metrics | {"loss": weighted.detach() * share}, pulls
@@ -160,10 +168,10 @@ class FoundationModule(L.LightningModule):
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip)
 
-    def seed_dropout(self, pack: int) -> None:
-        """Key dropout by (seed, step, rank, pack), so that a resumed run draws what an unbroken one would."""
+    def seed_dropout(self, pack: int, view: int = 0) -> None:
+        """Key dropout by (seed, step, rank, pack, view), so that a resumed run draws what an unbroken one would."""
         if self.training:
-            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}".encode()
+            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}/{view}".encode()
             torch.manual_seed(int.from_bytes(blake2b(key, digest_size=7).digest(), "little"))
 
     def sum_over_ranks(self, metrics: Metrics) -> Metrics:

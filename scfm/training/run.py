@@ -85,8 +85,8 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
     shards = Path(recipe.data.shards)
     store = open_shards(shards)
-    objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins)
-    cell_conditions, cell_names = indices_of(store, recipe.model.cell_conditions)
+    cell_conditions, cell_names = indices_of(store, recipe.cell_conditions)
+    objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins, categories=cell_names)
     gene_tables, gene_names = {}, {}
     for name, path in recipe.data.gene_conditions.items():
         gene_tables[name], gene_names[name] = read_gene_condition(Path(path), store.vocabulary)

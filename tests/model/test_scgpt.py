@@ -11,7 +11,7 @@ from packs import N_BINS, N_GENES, PAD, random_pack
 
 from scfm.data.batch import PackedBatch
 from scfm.model import MODELS, ScGPT
-from scfm.model.heads import CellValueDecoder, HeadSpec
+from scfm.model.heads import HeadSpec, ProductDecoder
 from scfm.recipe import ModelConfig
 
 HEADS = [HeadSpec("gep", "gep"), HeadSpec("gepc", "gepc"), HeadSpec("annotation", "cls", 3, ["a", "b", "c"])]
@@ -20,6 +20,7 @@ HEADS = [HeadSpec("gep", "gep"), HeadSpec("gepc", "gepc"), HeadSpec("annotation"
 def small_model(heads: list[HeadSpec] = HEADS, cell: dict[str, int] | None = None, **options: Any) -> ScGPT:
     torch.manual_seed(0)
     gene = options.pop("gene", {})
+    options.setdefault("cell_conditions", list(cell or {}))
     config = ModelConfig(width=16, heads=4, layers=2, hidden=24, **options)
     return ScGPT(config, N_GENES + 2, PAD, N_BINS, cell or {}, gene, heads).eval()
 
@@ -90,7 +91,7 @@ def test_cell_prompt_replaces_the_first_token_and_predicts_values_only() -> None
     with torch.no_grad():
         genes = model.backbone.gene_embedding(batch.genes)
         starts = batch.cu_seqlens[:-1].long()
-        own = model.backbone.embed(genes, batch, None)[starts]
+        own = model.backbone.embed(genes, batch, None, None)[starts]
         first, same = model(batch), model(batch, cell_prompt=own)
         other = model(batch, cell_prompt=first.cell)
     assert list(same.predictions) == ["gep"]
@@ -122,7 +123,8 @@ def test_cell_conditions_reach_value_decoders_but_not_the_encoder() -> None:
 
 def test_cell_without_a_known_condition_gets_zeros() -> None:
     model = small_model(cell={"batch": 3})
-    condition = model.backbone.condition(pack(cell_conditions={"batch": torch.tensor([0, -1, 2, -1])}))
+    batch = pack(cell_conditions={"batch": torch.tensor([0, -1, 2, -1])})
+    condition = model.backbone.conditions(batch, batch.cu_seqlens[:-1].long())
     assert condition is not None
     assert (condition.abs().amax(-1) > 0).tolist() == [True, False, True, False]
 
@@ -141,11 +143,11 @@ def test_gene_condition_zero_adds_nothing() -> None:
 
 def test_gepc_computes_the_inner_product_through_either_side() -> None:
     torch.manual_seed(0)
-    head = CellValueDecoder(8, 12, n_out=1)
+    head = ProductDecoder(HeadSpec("gepc", "gepc"), 8, 12)
     genes, cells, cell_of_gene = torch.randn(5, 8), torch.randn(2, 12), torch.tensor([0, 0, 1, 1, 1])
     query = torch.sigmoid(genes @ head.query.weight.T + head.query.bias)
     expected = ((query @ head.project.weight.T) * cells[cell_of_gene]).sum(-1)
-    torch.testing.assert_close(head(genes, cells, cell_of_gene), expected)
+    torch.testing.assert_close(head(genes, cells, cell_of_gene).values, expected)
 
 
 @pytest.mark.parametrize("style", ["mean", "weighted"])
@@ -154,11 +156,11 @@ def test_pooling_leaves_unknown_genes_out(style: str) -> None:
     tokens = torch.randn(16, 16)
     pool = small_model(cell_embedding=style).backbone.pool
     poisoned = torch.where(batch.unknown_mask[:, None], 1e6, tokens)
-    torch.testing.assert_close(pool(tokens, batch), pool(poisoned, batch))
+    torch.testing.assert_close(pool(tokens, batch, None), pool(poisoned, batch, None))
     weights = batch.values[:2, None] if style == "weighted" else torch.tensor([[0.5], [0.5]])
     expected = (weights * tokens[:2]).sum(0)
     expected = expected / expected.norm() if style == "weighted" else expected
-    torch.testing.assert_close(pool(tokens, batch)[0], expected)
+    torch.testing.assert_close(pool(tokens, batch, None)[0], expected)
 
 
 def test_bf16_autocast_stays_close_to_float32() -> None:

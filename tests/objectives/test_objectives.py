@@ -13,7 +13,7 @@ from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
 from scfm.model.scgpt import ModelOutput
-from scfm.objectives import CLS, ECS, GEP, GEPC, OBJECTIVES, CellPrompt, build_objectives
+from scfm.objectives import CCE, CLS, DAR, ECS, GEP, GEPC, OBJECTIVES, CellPrompt, build_objectives
 from scfm.recipe import ObjectiveConfig
 
 
@@ -39,6 +39,37 @@ def test_cross_entropy_over_bins_also_reports_the_error_of_the_expected_bin() ->
     torch.testing.assert_close(loss, F.cross_entropy(logits, truth.long()))
     expected = (logits.softmax(-1) * torch.arange(N_BINS)).sum(-1)
     torch.testing.assert_close(metrics["gep_mse"], F.mse_loss(expected, truth))
+
+
+def test_nonzero_adds_the_surprise_of_being_expressed() -> None:
+    batch = random_pack([6, 4], [2, 3])
+    batch.targets[batch.predicted[::2]] = 0
+    truth = batch.targets[batch.predicted]
+    values, logits = torch.randn(5), torch.randn(5)
+    output = output_of(batch, gep=values, gep_nonzero=logits)
+    loss, metrics = GEP(N_BINS, nonzero=True).loss(batch, output)
+    surprise = -torch.where(truth > 0, logits.sigmoid(), 1 - logits.sigmoid()).log().mean()
+    torch.testing.assert_close(metrics["gep_nonzero"], surprise)
+    torch.testing.assert_close(loss, F.mse_loss(values, truth) + surprise)
+
+
+def test_domains_are_scored_like_classes() -> None:
+    batch = random_pack([3, 3, 3], [2, 2, 2])
+    batch.cell_conditions = {"donor": torch.tensor([1, -1, 0])}
+    batch = replace(batch, total_cells=2)
+    logits = torch.tensor([[0.0, 2.0], [9.0, 9.0], [-1.0, 1.0]])
+    loss, metrics = DAR("donor", ["x", "y"]).loss(batch, output_of(batch, dar=logits))
+    torch.testing.assert_close(loss, F.cross_entropy(logits[[0, 2]], torch.tensor([1, 0])))
+    assert metrics["dar_accuracy"] == 0.5
+
+
+def test_contrastive_loss_finds_each_cell_among_all() -> None:
+    cells, again = torch.randn(4, 3), torch.randn(4, 3)
+    expected = 0.0
+    for i in range(4):
+        scores = torch.stack([F.cosine_similarity(cells[i], again[j], dim=0) for j in range(4)]) / 0.5
+        expected = expected - scores.log_softmax(0)[i] / 4
+    torch.testing.assert_close(CCE().loss(cells, again), expected)
 
 
 def test_shares_of_packs_add_up_to_the_global_mean() -> None:
@@ -122,11 +153,13 @@ def test_recipe_builds_objectives_with_their_heads() -> None:
         ObjectiveConfig("cell_prompt", start_step=7),
         ObjectiveConfig("ecs", threshold=0.3),
         ObjectiveConfig("cls"),
+        ObjectiveConfig("dar", condition="donor"),
+        ObjectiveConfig("cce", temperature=0.1),
     ]
-    objectives = build_objectives(configs, n_bins=N_BINS, labels=["a", "b"])
+    objectives = build_objectives(configs, n_bins=N_BINS, labels=["a", "b"], categories={"donor": ["x", "y", "z"]})
     assert [objective.name for objective in objectives] == [config.name for config in configs] == list(OBJECTIVES)
-    assert [objective.scope for objective in objectives] == ["pack", "pack", "pack", "global", "pack"]
-    assert [objective.needs_second_pass for objective in objectives] == [False, False, True, False, False]
+    assert [objective.scope for objective in objectives] == ["pack", "pack", "pack", "global", "pack", "pack", "global"]
+    assert [objective.needs_second_pass for objective in objectives] == [False, False, True, False, False, False, False]
     assert objectives[0].weight == 2.0
     assert objectives[2].start_step == 7
     heads = {head.task: head for objective in objectives for head in objective.heads()}
@@ -134,13 +167,18 @@ def test_recipe_builds_objectives_with_their_heads() -> None:
         "gep": HeadSpec("gep", "gep"),
         "gepc": HeadSpec("gepc", "gepc", N_BINS),
         "annotation": HeadSpec("annotation", "cls", 2, ["a", "b"]),
+        "dar": HeadSpec("dar", "domain", 3, ["x", "y", "z"]),
     }
+    (gep,) = build_objectives([ObjectiveConfig("gep", nonzero=True)], n_bins=N_BINS)
+    assert gep.heads() == [HeadSpec("gep", "gep", nonzero=True)]
 
 
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
         ([ObjectiveConfig("gpe")], r"no 'gpe'; choose from gep, gepc, cell_prompt, ecs, cls"),
+        ([ObjectiveConfig("dar")], r"dar needs `condition`"),
+        ([ObjectiveConfig("dar", condition="donor")], r"at least 2 values; the obs column 'donor' has 0"),
         ([ObjectiveConfig("cls")], r"cls needs a task with at least 2 labels, there are 0"),
         (
             [ObjectiveConfig("gep"), ObjectiveConfig("cell_prompt", loss="cross_entropy")],
