@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scfm.errors import ScfmError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scfm.pretrained import PretrainedModel
 
 
-def embed(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) -> None:
+def embed(file: str, *, model: str, out: str, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> None:
     """Write the cell embedding into `.obsm["X_scfm"]`, and where it came from into `.uns["scfm"]`.
 
     Args:
@@ -22,11 +22,13 @@ def embed(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) -> N
         model: Model directory.
         out: h5ad file to write; must not exist.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
+        accept_normalised: Take values that are not counts, of which only the order within a cell is used.
     """
-    over_file(file, model, out, lambda loaded, adata: loaded.embed(adata, tokens_per_pack=tokens_per_pack))
+    options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
+    over_file(file, model, out, lambda loaded, adata: loaded.embed(adata, **options))
 
 
-def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) -> None:
+def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> None:
     """Write predicted labels into `.obs`, all probabilities into `.obsm`, and where they came from into `.uns["scfm"]`.
 
     Args:
@@ -34,8 +36,10 @@ def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384) ->
         model: Model directory with a head that predicts labels.
         out: h5ad file to write; must not exist.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
+        accept_normalised: Take values that are not counts, of which only the order within a cell is used.
     """
-    over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, tokens_per_pack=tokens_per_pack))
+    options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
+    over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
 
 
 def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> None:

@@ -45,7 +45,7 @@ class PretrainedModel:
         self.source = source
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def embed(self, adata: AnnData, *, tokens_per_pack: int = 16384) -> AnnData:
+    def embed(self, adata: AnnData, *, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> AnnData:
         """Write the L2-normalised cell embedding into `adata.obsm["X_scfm"]` and return `adata`.
 
         The same cell gives the same embedding alone, in any batch, order or chunk size; `adata.X` is not touched.
@@ -53,21 +53,23 @@ class PretrainedModel:
         Args:
             adata: raw counts in `raw.X`, else `X` (normalised values where the model was trained on such).
             tokens_per_pack: most tokens in one forward pass; bounds the memory.
+            accept_normalised: take values that are not counts, of which only the order within a cell is used.
 
         Raises:
             ScfmError: the values are not what the model expects, or no gene matches its vocabulary.
         """
-        store = self.store(adata)
+        store = self.store(adata, accept_normalised)
+        conditions = self.conditions_of(adata)
         embeddings = np.empty((store.n_cells, self.files.model.width), np.float32)
-        for pack, output in self.outputs(store, tokens_per_pack):
+        for pack, output in self.outputs(store, conditions, tokens_per_pack):
             real = pack.real_cells.cpu().numpy()
             cells = torch.nn.functional.normalize(output.cell.float(), dim=-1).cpu().numpy()  # (N, D)
             embeddings[pack.cell_id.cpu().numpy()[real]] = cells[real]
         adata.obsm[EMBEDDING] = embeddings
-        adata.uns["scfm"] = self.provenance(adata, store)
+        adata.uns["scfm"] = self.provenance(adata, store, conditions)
         return adata
 
-    def predict(self, adata: AnnData, *, tokens_per_pack: int = 16384) -> AnnData:
+    def predict(self, adata: AnnData, *, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> AnnData:
         """Write predicted labels and their probabilities, and return `adata`.
 
         For a head named `annotation`: `.obs["annotation"]`, `.obs["annotation_probability"]`, and all probabilities in
@@ -76,23 +78,25 @@ class PretrainedModel:
         Args:
             adata: as for `embed`.
             tokens_per_pack: most tokens in one forward pass.
+            accept_normalised: as for `embed`.
 
         Raises:
             ScfmError: the model has no head that predicts labels.
         """
-        heads = [head for head in self.files.heads if head.kind == "cls"]
+        heads = [head for head in self.files.heads if head.kind == "cls" and head.n_out > 1]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
-        store = self.store(adata)
+        store = self.store(adata, accept_normalised)
+        conditions = self.conditions_of(adata)
         logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
-        for pack, output in self.outputs(store, tokens_per_pack):
+        for pack, output in self.outputs(store, conditions, tokens_per_pack):
             real = pack.real_cells.cpu().numpy()
             rows = pack.cell_id.cpu().numpy()[real]
             for head in heads:
                 logits[head.task][rows] = output.predictions[head.task].float().cpu().numpy()[real]
         for head in heads:
             self.write_labels(adata, head, logits[head.task])
-        adata.uns["scfm"] = self.provenance(adata, store)
+        adata.uns["scfm"] = self.provenance(adata, store, conditions)
         return adata
 
     @staticmethod
@@ -129,11 +133,25 @@ class PretrainedModel:
         save_model(Path(folder), self.network, self.files)
         self.source = str(folder)
 
-    def store(self, adata: AnnData) -> CellStore:
+    def store(self, adata: AnnData, accept_normalised: bool = False) -> CellStore:
         """Return the cells in the model's vocabulary."""
-        return store_from_anndata(adata, self.files.vocabulary, accept_normalised=self.files.value_kind == "normalised")
+        accepted = accept_normalised or self.files.value_kind == "normalised"
+        return store_from_anndata(adata, self.files.vocabulary, accept_normalised=accepted)
 
-    def outputs(self, store: CellStore, tokens_per_pack: int) -> Iterator[tuple[PackedBatch, Any]]:
+    def conditions_of(self, adata: AnnData) -> dict[str, NDArray[np.int64]]:
+        """Return name -> (n_cells,) index of each cell's condition (batch ...), -1 where the model does not know it."""
+        import pandas as pd
+
+        return {
+            name: pd.Index(names).get_indexer(adata.obs[name].astype(str)).astype(np.int64)
+            if name in adata.obs
+            else np.full(adata.n_obs, -1)
+            for name, names in self.files.cell_conditions.items()
+        }
+
+    def outputs(
+        self, store: CellStore, conditions: dict[str, NDArray[np.int64]], tokens_per_pack: int
+    ) -> Iterator[tuple[PackedBatch, Any]]:
         """Yield packs of all cells in turn, nothing hidden, with the network's outputs for them.
 
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
@@ -145,10 +163,9 @@ class PretrainedModel:
         loader = PackLoader(
             store,
             CellOrder(range(store.n_cells), CELLS_PER_BATCH, seed=tokens.seed, shuffle=False),
-            self.files.tokeniser(tokens),
+            replace(self.files, value_kind=store.value_kind).tokeniser(tokens),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
-            # conditions join after the transformer, for value decoders alone: embeddings and labels do without
-            cell_conditions={name: np.full(store.n_cells, -1) for name in self.files.cell_conditions},
+            cell_conditions=conditions,
             keys=keys,
         )
         self.network.to(self.device)
@@ -159,7 +176,7 @@ class PretrainedModel:
                     output = self.network(pack)
                 yield pack, output
 
-    def provenance(self, adata: AnnData, store: CellStore) -> dict[str, Any]:
+    def provenance(self, adata: AnnData, store: CellStore, conditions: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
         """Return what `.uns["scfm"]` says of where the results came from."""
         present = np.unique(np.concatenate([np.unique(block.genes) for block in store.blocks]))
         return {
@@ -168,6 +185,8 @@ class PretrainedModel:
             "vocabulary_hash": self.files.vocabulary.hash,
             "genes_expressed_and_known": len(present),
             "genes_in_data": adata.n_vars,
+            "values": store.value_kind,
+            "cells_of_unknown_condition": {name: int((index < 0).sum()) for name, index in conditions.items()},
             "labels": {head.task: list(head.labels) for head in self.files.heads if head.labels},
         }
 

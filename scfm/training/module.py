@@ -171,8 +171,8 @@ class FoundationModule(L.LightningModule):
     def seed_dropout(self, pack: int, view: int = 0) -> None:
         """Key dropout by (seed, step, rank, pack, view), so that a resumed run draws what an unbroken one would."""
         if self.training:
-            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}/{view}".encode()
-            torch.manual_seed(int.from_bytes(blake2b(key, digest_size=7).digest(), "little"))
+            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}" + (f"/{view}" if view else "")
+            torch.manual_seed(int.from_bytes(blake2b(key.encode(), digest_size=7).digest(), "little"))
 
     def sum_over_ranks(self, metrics: Metrics) -> Metrics:
         """Return metrics summed over the ranks, in one all-reduce."""
