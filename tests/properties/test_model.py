@@ -25,7 +25,7 @@ def cells(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 models = st.builds(
-    lambda attention, value, backend, projection: ModelConfig(
+    lambda attention, value, backend, projection, norm, modality, pooling: ModelConfig(
         width=8,
         heads=2,
         layers=2,
@@ -34,18 +34,41 @@ models = st.builds(
         value_encoder=value,
         backend=backend,
         unknown_output_projection=projection,
+        input_norm=norm,
+        domain="donor" if norm == "domain" else None,
+        modality=modality,
+        cell_embedding=pooling,
     ),
     st.sampled_from(["generative", "full"]),
     st.sampled_from(["continuous", "category"]),
     st.sampled_from(["flash_cpu", "dense"]),
     st.booleans(),
+    st.sampled_from(["none", "batch", "domain"]),
+    st.sampled_from([None, "assay"]),
+    st.sampled_from(["cls", "mean", "weighted"]),
 )
 
 
 def build(config: ModelConfig) -> ScGPT:
     torch.manual_seed(0)
-    heads = [HeadSpec("gep", "gep"), HeadSpec("gepc", "gepc"), HeadSpec("annotation", "cls", 2)]
-    return ScGPT(config, N_GENES + 2, PAD, N_BINS, {}, {}, heads).double().eval()
+    heads = [
+        HeadSpec("gep", "gep", nonzero=True),
+        HeadSpec("gepc", "gepc", nonzero=True),
+        HeadSpec("annotation", "cls", 2),
+        HeadSpec("dar", "domain", 2),
+    ]
+    model = ScGPT(config, N_GENES + 2, PAD, N_BINS, {"donor": 2}, {"assay": 2}, heads).double().eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            torch.nn.init.normal_(buffer)
+    return model
+
+
+def with_conditions(batch: PackedBatch) -> PackedBatch:
+    """Give every cell a donor, unknown for some, and every gene an assay."""
+    return replace(
+        batch, cell_conditions={"donor": batch.cell_id % 3 - 1}, gene_conditions={"assay": batch.genes.long() % 2}
+    )
 
 
 def alone(batch: PackedBatch, cell: int) -> PackedBatch:
@@ -62,6 +85,19 @@ def alone(batch: PackedBatch, cell: int) -> PackedBatch:
     )
 
 
+def filled_up(batch: PackedBatch, room: int) -> PackedBatch:
+    """Fill a pack up with a pseudo-cell of `<pad>` tokens."""
+    return replace(
+        batch,
+        genes=torch.cat([batch.genes, torch.full((room,), PAD, dtype=torch.int32)]),
+        values=torch.cat([batch.values, torch.zeros(room)]),
+        targets=torch.cat([batch.targets, torch.zeros(room)]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + room]),
+        n_known=torch.cat([batch.n_known, torch.ones(1, dtype=torch.int32)]),
+        cell_id=torch.cat([batch.cell_id, torch.tensor([-1])]),
+    )
+
+
 def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -70,8 +106,8 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 @given(cells(), models)
 def test_a_cell_is_the_same_alone_and_packed(cells: tuple[list[int], list[int]], config: ModelConfig) -> None:
     batch, model = random_pack(*cells), build(config)
-    packed: ModelOutput = model(batch)
-    singles = [model(alone(batch, cell)) for cell in range(batch.n_cells)]
+    packed: ModelOutput = model(with_conditions(batch))
+    singles = [model(with_conditions(alone(batch, cell))) for cell in range(batch.n_cells)]
     close(packed.cell, torch.cat([single.cell for single in singles]))
     close(packed.tokens, torch.cat([single.tokens for single in singles]))
     for name, prediction in packed.predictions.items():
@@ -92,8 +128,8 @@ def test_gene_order_changes_nothing(cells: tuple[list[int], list[int]], config: 
         random.shuffle(hidden)
         order += [start, *seen, *hidden]
     shuffled = replace(batch, genes=batch.genes[order], values=batch.values[order], targets=batch.targets[order])
-    close(model(shuffled).cell, model(batch).cell)
-    close(model(shuffled).tokens, model(batch).tokens[order])
+    close(model(with_conditions(shuffled)).cell, model(with_conditions(batch)).cell)
+    close(model(with_conditions(shuffled)).tokens, model(with_conditions(batch)).tokens[order])
 
 
 @settings(max_examples=25, deadline=None)
@@ -106,7 +142,9 @@ def test_an_unknown_gene_is_invisible_to_every_other_token(
     for position in unknown[:3]:
         other = batch.genes.clone()
         other[position] = (other[position] + 1) % N_GENES
-        changed = (model(replace(batch, genes=other)).tokens != model(batch).tokens).any(-1)
+        changed = (
+            model(with_conditions(replace(batch, genes=other))).tokens != model(with_conditions(batch)).tokens
+        ).any(-1)
         assert changed.nonzero()[:, 0].tolist() == [position]
 
 
@@ -115,16 +153,21 @@ def test_an_unknown_gene_is_invisible_to_every_other_token(
 def test_a_pseudo_cell_changes_nothing(cells: tuple[list[int], list[int]], config: ModelConfig, room: int) -> None:
     """Room filled up with <pad> tokens neither changes other cells nor is predicted."""
     batch, model = random_pack(*cells), build(config)
-    filled = replace(
-        batch,
-        genes=torch.cat([batch.genes, torch.full((room,), PAD, dtype=torch.int32)]),
-        values=torch.cat([batch.values, torch.zeros(room)]),
-        targets=torch.cat([batch.targets, torch.zeros(room)]),
-        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + room]),
-        n_known=torch.cat([batch.n_known, torch.ones(1, dtype=torch.int32)]),
-        cell_id=torch.cat([batch.cell_id, torch.tensor([-1])]),
-    )
-    plain, padded = model(batch), model(filled)
+    filled = filled_up(batch, room)
+    plain, padded = model(with_conditions(batch)), model(with_conditions(filled))
     close(padded.cell[:-1], plain.cell)
     for name in ("gep", "gepc"):
         close(padded.predictions[name], plain.predictions[name])
+
+
+@settings(max_examples=15, deadline=None)
+@given(cells(), models.filter(lambda config: config.input_norm != "none"), st.integers(1, 9))
+def test_a_pseudo_cell_is_not_counted_when_norms_learn(
+    cells: tuple[list[int], list[int]], config: ModelConfig, room: int
+) -> None:
+    batch = random_pack(*cells)
+    filled = filled_up(batch, room)
+    plain, padded = build(replace(config, dropout=0.0)).train(), build(replace(config, dropout=0.0)).train()
+    close(padded(with_conditions(filled)).cell[:-1], plain(with_conditions(batch)).cell)
+    for ours, theirs in zip(padded.buffers(), plain.buffers(), strict=True):
+        close(ours, theirs)

@@ -1,0 +1,171 @@
+"""Embedding cells beside scGPT 0.2.4's embed_data: same whole-human-sized checkpoint, same real cells, interleaved.
+
+scGPT does not install beside a current torch. In an isolated environment that has scfm:
+
+    pip install --no-deps scgpt==0.2.4
+    PYTHONPATH=<stand-ins for torchtext and IPython> python scripts/bench/embed_vs_scgpt.py CELLS.h5ad \\
+        --layout published_whole_human_layout.json --vocabulary scgpt_census_vocab.json.gz
+
+The checkpoint holds random weights in the published layout (12 layers, width 512, vocabulary 60,697). Cells with more
+than 1,199 known expressed genes are left out, and scGPT's ties are set to its pretraining rule (left), because its
+random sampling and random ties would make the outputs differ. Each side runs in a process of its own with the same
+number of threads; what is timed is embedding alone, without loading the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import torch
+from scfm.checkpoints.convert import convert
+
+from scfm.evaluation.provenance import provenance
+
+MAX_GENES = 1199
+
+
+def write_checkpoint(folder: Path, layout: Path, vocabulary: Path) -> None:
+    """Write a folder as scGPT publishes it, with random weights of the given layout."""
+    described = json.loads(layout.read_text())
+    torch.manual_seed(0)
+    state = {}
+    for name, shape in described["keys"]:
+        fan_in = shape[-1]
+        state[name] = torch.randn(shape) / fan_in**0.5 if len(shape) > 1 else torch.randn(shape) * 0.02
+        if "norm" in name and name.endswith("weight"):
+            state[name] += 1
+    folder.mkdir()
+    torch.save(state, folder / "best_model.pt")
+    (folder / "args.json").write_text(json.dumps(described["args_json_whole_human"]))
+    content = gzip.decompress(vocabulary.read_bytes()) if vocabulary.suffix == ".gz" else vocabulary.read_bytes()
+    (folder / "vocab.json").write_bytes(content)
+
+
+def chosen_cells(path: Path, folder: Path, n_cells: int) -> anndata.AnnData:
+    """Return the cells with the most known expressed genes that need no sampling, symbols as var index."""
+    adata = anndata.read_h5ad(path)
+    names = adata.var.get("feature_name", adata.var_names)
+    adata.var_names = np.asarray(names, dtype=str)
+    adata.var_names_make_unique()
+    adata.var["feature_name"] = adata.var_names.to_numpy()
+    known = set(json.loads((folder / "vocab.json").read_text()))
+    expressed = np.asarray((adata.X[:, adata.var_names.isin(known)] > 0).sum(1)).ravel()
+    fitting = np.flatnonzero(expressed <= MAX_GENES)
+    rows = np.sort(fitting[np.argsort(-expressed[fitting], kind="stable")[:n_cells]])
+    print(f"{len(rows)} cells of {path.name}, {int(np.median(expressed[rows]))} known expressed genes in the median")
+    return adata[rows].copy()
+
+
+def scfm_embed(folder: Path) -> Any:
+    import scfm
+    from scfm.training.launch import keep_memory
+
+    keep_memory()
+    model = scfm.load(folder / "native")
+
+    def embed(adata: anndata.AnnData) -> tuple[float, np.ndarray]:
+        started = time.perf_counter()
+        embedded = model.embed(adata).obsm["X_scfm"]
+        return time.perf_counter() - started, embedded
+
+    return embed
+
+
+def scgpt_embed(folder: Path) -> Any:
+    import scgpt.preprocess
+    import scgpt.tasks.cell_emb as upstream
+
+    scgpt.preprocess._digitize = functools.partial(scgpt.preprocess._digitize, side="one")
+    seconds: list[float] = []
+    inner = upstream.get_batch_cell_embeddings
+
+    def timed(*args: Any, **kwargs: Any) -> np.ndarray:
+        started = time.perf_counter()
+        embedded = inner(*args, **kwargs)
+        seconds.append(time.perf_counter() - started)
+        return embedded
+
+    upstream.get_batch_cell_embeddings = timed
+
+    def embed(adata: anndata.AnnData) -> tuple[float, np.ndarray]:
+        embedded = upstream.embed_data(adata, folder / "scgpt", device="cpu", use_fast_transformer=False)
+        return seconds[-1], embedded.obsm["X_scGPT"]
+
+    return embed
+
+
+def serve(pipe: Connection, side: str, folder: Path, threads: int) -> None:
+    """Hold one side's model in a process of its own, and embed whenever asked."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(threads)
+    adata = anndata.read_h5ad(folder / "cells.h5ad")
+    embed = (scfm_embed if side == "scfm" else scgpt_embed)(folder)
+    pipe.send("ready")
+    while pipe.recv():
+        pipe.send(embed(adata.copy()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", type=Path, help="h5ad file with raw counts and gene symbols")
+    parser.add_argument("--layout", type=Path, required=True, help="published_whole_human_layout.json")
+    parser.add_argument("--vocabulary", type=Path, required=True, help="scGPT's published vocab.json, may be gzipped")
+    parser.add_argument("--n_cells", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds, interleaved, after one that warms up")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_checkpoint(folder / "scgpt", options.layout, options.vocabulary)
+        convert(str(folder / "scgpt"), to="native", out=str(folder / "native"))
+        chosen_cells(options.cells, folder / "scgpt", options.n_cells).write_h5ad(folder / "cells.h5ad")
+        pipes = {}
+        for side in ("scgpt", "scfm"):
+            pipes[side], there = spawn.Pipe()
+            spawn.Process(target=serve, args=(there, side, folder, options.threads)).start()
+            pipes[side].recv()
+        seconds: dict[str, list[float]] = {side: [] for side in pipes}
+        embeddings = {}
+        for repeat in range(options.repeats + 1):
+            for side, pipe in pipes.items():
+                pipe.send(True)
+                spent, embeddings[side] = pipe.recv()
+                print(f"round {repeat}: {side} {spent:.1f} s", flush=True)
+                if repeat:
+                    seconds[side].append(spent)
+        for pipe in pipes.values():
+            pipe.send(False)
+    difference = float(np.abs(embeddings["scfm"] - embeddings["scgpt"]).max())
+    rates = {side: options.n_cells / statistics.median(spent) for side, spent in seconds.items()}
+    result = {
+        "bench": "embed_vs_scgpt",
+        "cells": options.n_cells,
+        "threads": options.threads,
+        "scfm_cells_per_second": round(rates["scfm"], 3),
+        "scgpt_cells_per_second": round(rates["scgpt"], 3),
+        "times_scgpt_median": round(rates["scfm"] / rates["scgpt"], 2),
+        "times_scgpt_by_round": [round(b / a, 2) for a, b in zip(seconds["scfm"], seconds["scgpt"], strict=True)],
+        "largest_difference": difference,
+        **provenance(),
+    }
+    print(json.dumps(result))
+    if difference > 1e-5:
+        raise SystemExit(f"the embeddings differ by {difference:.2g}; the ratio means nothing")
+
+
+if __name__ == "__main__":
+    main()
