@@ -13,9 +13,10 @@ from scfm.errors import ScfmError
 from scfm.version import __version__
 
 if TYPE_CHECKING:
+    from scfm.checking import check
     from scfm.pretrained import PretrainedModel, load
 
-__all__ = ["PretrainedModel", "ScfmError", "__version__", "load"]
+__all__ = ["PretrainedModel", "ScfmError", "__version__", "check", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from scfm import pretrained
 
         return getattr(pretrained, name)
+    if name == "check":
+        from scfm.checking import check
+
+        return check
     raise AttributeError(f"module 'scfm' has no attribute {name!r}")

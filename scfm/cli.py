@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 VERBS = {
     "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
     "prepare": ("scfm.data.prepare:prepare", "h5ad files or folders of them -> a shard directory"),
+    "check": ("scfm.checking:check_file", "raw counts? which genes match? exit code 1 where a file would not work"),
     "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),
     "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "evaluate": ("scfm.evaluation.evaluate:evaluate", "score a model on a task, beside its baselines"),
+    "convert": ("scfm.checkpoints.convert:convert", "checkpoints from scGPT to scfm and back"),
     "bench": ("scfm.bench:bench", "measure scfm itself"),
 }
 RECIPE_VERBS = ("pretrain", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, or 2 for bad input, said in one message."""
+    """Run one verb; return the exit code: 0, 1 where a check failed, or 2 for bad input, said in one message."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given in (["--version"], ["-V"]):
         print(f"scfm {__version__}")
@@ -38,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview())
         return 0
     try:
-        run(given[0], given[1:])
+        passed = run(given[0], given[1:])
     except ScfmError as error:
         print(f"scfm: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if passed else 1
 
 
 def overview() -> str:
@@ -52,8 +54,11 @@ def overview() -> str:
     return "\n".join(["usage: scfm VERB ...", "", purpose, "", *lines, "", "scfm VERB --help shows its options."])
 
 
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Parse the arguments of a verb by its function's signature, and call it. Raises ScfmError for an unknown verb."""
+def run(verb: str, arguments: Sequence[str]) -> bool:
+    """Parse the arguments of a verb by its function's signature, and call it; False where the function returns False.
+
+    Raises ScfmError for an unknown verb.
+    """
     if verb not in VERBS:
         raise ScfmError(f"{verb!r} is not a verb; choose one of {', '.join(VERBS)}")
     place, what = VERBS[verb]
@@ -62,11 +67,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
 
         recipe, resume = parse_recipe(arguments, f"scfm {verb}", what)
         function(place)(recipe, resume)
-        return
+        return True
     action = function(place)
     parser, first = verb_parser(f"scfm {verb}", what, action)
     values = vars(parser.parse_args(list(arguments)))
-    action(*([values.pop(first)] if first else []), **values)
+    return action(*([values.pop(first)] if first else []), **values) is not False
 
 
 def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[ArgumentParser, str | None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scfm.data.gene_table import GeneTable
 from scfm.errors import ScfmError
 
 if TYPE_CHECKING:
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
     from scfm.pretrained import PretrainedModel
 
 
-def embed(file: str, *, model: str, out: str, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> None:
+def embed(
+    file: str,
+    *,
+    model: str,
+    out: str,
+    tokens_per_pack: int = 16384,
+    accept_normalised: bool = False,
+    genes: Sequence[str] = (),
+) -> None:
     """Write the cell embedding into `.obsm["X_scfm"]`, and where it came from into `.uns["scfm"]`.
 
     Args:
@@ -23,12 +32,22 @@ def embed(file: str, *, model: str, out: str, tokens_per_pack: int = 16384, acce
         out: h5ad file to write; must not exist.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts, of which only the order within a cell is used.
+        genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
+    options["genes"] = GeneTable.read(genes) if genes else None
     over_file(file, model, out, lambda loaded, adata: loaded.embed(adata, **options))
 
 
-def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> None:
+def predict(
+    file: str,
+    *,
+    model: str,
+    out: str,
+    tokens_per_pack: int = 16384,
+    accept_normalised: bool = False,
+    genes: Sequence[str] = (),
+) -> None:
     """Write predicted labels into `.obs`, all probabilities into `.obsm`, and where they came from into `.uns["scfm"]`.
 
     Args:
@@ -37,8 +56,10 @@ def predict(file: str, *, model: str, out: str, tokens_per_pack: int = 16384, ac
         out: h5ad file to write; must not exist.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts, of which only the order within a cell is used.
+        genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
+    options["genes"] = GeneTable.read(genes) if genes else None
     over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
 
 

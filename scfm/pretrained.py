@@ -26,6 +26,8 @@ from scfm.version import __version__
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scfm.data.gene_table import GeneTable
+
 EMBEDDING = "X_scfm"
 CELLS_PER_BATCH = 256
 
@@ -45,7 +47,14 @@ class PretrainedModel:
         self.source = source
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def embed(self, adata: AnnData, *, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> AnnData:
+    def embed(
+        self,
+        adata: AnnData,
+        *,
+        tokens_per_pack: int = 16384,
+        accept_normalised: bool = False,
+        genes: GeneTable | None = None,
+    ) -> AnnData:
         """Write the L2-normalised cell embedding into `adata.obsm["X_scfm"]` and return `adata`.
 
         The same cell gives the same embedding alone, in any batch, order or chunk size; `adata.X` is not touched.
@@ -54,11 +63,12 @@ class PretrainedModel:
             adata: raw counts in `raw.X`, else `X` (normalised values where the model was trained on such).
             tokens_per_pack: most tokens in one forward pass; bounds the memory.
             accept_normalised: take values that are not counts, of which only the order within a cell is used.
+            genes: table by which more names are matched, `GeneTable.read(["hgnc_complete_set.tsv"])`.
 
         Raises:
             ScfmError: the values are not what the model expects, or no gene matches its vocabulary.
         """
-        store = self.store(adata, accept_normalised)
+        store = self.store(adata, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         embeddings = np.empty((store.n_cells, self.files.model.width), np.float32)
         for pack, output in self.outputs(store, conditions, tokens_per_pack):
@@ -69,7 +79,14 @@ class PretrainedModel:
         adata.uns["scfm"] = self.provenance(adata, store, conditions)
         return adata
 
-    def predict(self, adata: AnnData, *, tokens_per_pack: int = 16384, accept_normalised: bool = False) -> AnnData:
+    def predict(
+        self,
+        adata: AnnData,
+        *,
+        tokens_per_pack: int = 16384,
+        accept_normalised: bool = False,
+        genes: GeneTable | None = None,
+    ) -> AnnData:
         """Write predicted labels and their probabilities, and return `adata`.
 
         For a head named `annotation`: `.obs["annotation"]`, `.obs["annotation_probability"]`, and all probabilities in
@@ -79,6 +96,7 @@ class PretrainedModel:
             adata: as for `embed`.
             tokens_per_pack: most tokens in one forward pass.
             accept_normalised: as for `embed`.
+            genes: as for `embed`.
 
         Raises:
             ScfmError: the model has no head that predicts labels.
@@ -86,7 +104,7 @@ class PretrainedModel:
         heads = [head for head in self.files.heads if head.kind == "cls" and head.n_out > 1]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
-        store = self.store(adata, accept_normalised)
+        store = self.store(adata, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
         for pack, output in self.outputs(store, conditions, tokens_per_pack):
@@ -133,10 +151,10 @@ class PretrainedModel:
         save_model(Path(folder), self.network, self.files)
         self.source = str(folder)
 
-    def store(self, adata: AnnData, accept_normalised: bool = False) -> CellStore:
+    def store(self, adata: AnnData, accept_normalised: bool = False, genes: GeneTable | None = None) -> CellStore:
         """Return the cells in the model's vocabulary."""
         accepted = accept_normalised or self.files.value_kind == "normalised"
-        return store_from_anndata(adata, self.files.vocabulary, accept_normalised=accepted)
+        return store_from_anndata(adata, self.files.vocabulary, accept_normalised=accepted, genes=genes)
 
     def conditions_of(self, adata: AnnData) -> dict[str, NDArray[np.int64]]:
         """Return name -> (n_cells,) index of each cell's condition (batch ...), -1 where the model does not know it."""

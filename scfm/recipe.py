@@ -28,6 +28,7 @@ class DataConfig:
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
         fill_packs: Fill every pack to `tokens_per_pack` with a pseudo-cell so that shapes never change (GPUs).
+        values: `binned`, or `raw` to hand the model the values as they are (scGPT's perturbation models).
         n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values.
         tie_policy: Where equal values fall: `left` (all into their highest bin), or `random` (spread, keyed by cell).
         mask_ratios: A cell's share of unknown genes is drawn from these, e.g. [0.25, 0.5, 0.75]; [0] hides nothing.
@@ -42,6 +43,7 @@ class DataConfig:
     shards: str | None = None
     genes: Literal["expressed", "all"] = "expressed"
     max_genes: int = 1199
+    values: Literal["binned", "raw"] = "binned"
     cells_per_batch: int = 512
     tokens_per_pack: int = 65536
     fill_packs: bool = False
@@ -305,6 +307,11 @@ def check(recipe: Recipe) -> None:
             wrong.append(
                 f"objectives: {objective.name} has nonzero and loss cross_entropy; bin 0 of the latter says it already"
             )
+    for objective in recipe.objectives:
+        if data.values == "raw" and objective.loss == "cross_entropy":
+            wrong.append(f"objectives: {objective.name} has loss cross_entropy over bins, but data.values is raw")
+    if data.values == "raw" and model.value_encoder == "category":
+        wrong.append("model.value_encoder: category embeds bins, but data.values is raw; use continuous or scaling")
     if model.value_encoder == "scaling" and model.attention == "full" and hides:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
     if wrong:

@@ -18,6 +18,10 @@ def shared() -> Path:
     return place
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity", action="store_true", help="print the largest error of each stored scGPT case")
+
+
 outcomes: Counter[tuple[str, str]] = Counter()
 
 
@@ -29,6 +33,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--parity"):
+        from scgpt_cases import parity_table
+
+        terminalreporter.write_line(parity_table())
     for marker in ("golden", "realdata"):
         ran, skipped = outcomes[marker, "ran"], outcomes[marker, "skipped"]
         terminalreporter.write_line(f"{marker} tests: {ran} ran, {skipped} skipped")

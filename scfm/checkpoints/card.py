@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfm.checkpoints.native import ModelFiles
+from scfm.checkpoints.scgpt_report import Report
 from scfm.recipe import Recipe
 from scfm.version import __version__
 
@@ -69,6 +70,54 @@ def model_card(
     lines += ["", *data_section(files.training_data), *validation_section(metrics, baselines)]
     if labels := labels_of(files):
         lines += ["## Labels", "", ", ".join(labels), ""]
+    return "\n".join(lines)
+
+
+def converted_card(files: ModelFiles, report: Report) -> str:
+    """Return the card of a model that was converted from an scGPT checkpoint, as Markdown.
+
+    Args:
+        files: the model's own description.
+        report: what the conversion did.
+    """
+    model, tokens, converted = files.model, files.tokens, files.training_data["converted"]
+    lines = [
+        "---",
+        "library_name: scfm",
+        "tags: [single-cell, transcriptomics, foundation-model, scGPT]",
+        "---",
+        f"# {model.name}, {report.n_parameters:,} parameters, converted from scGPT",
+        "",
+        f"Converted by scfm {__version__} from the scGPT checkpoint {converted['file']}: its weights, none of them "
+        "trained or changed since. Cite scGPT (Cui et al., Nature Methods 2024) and whoever trained it.",
+        "",
+        "```python",
+        "import scfm",
+        'model = scfm.load("path/to/this/folder")',
+        'adata = model.embed(adata)          # adata.obsm["X_scfm"]',
+        "```",
+        "",
+        "## Model",
+        "| | |",
+        "|---|---|",
+        f"| tensors | {report.n_tensors}, layout {report.layout} |",
+        f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
+        f"| attention | {model.attention} |",
+        f"| values | {files.value_kind}, {tokens.n_bins} bins, {model.value_encoder} encoder |",
+        f"| tokens | preset {converted['preset']}: `<cls>` has the value {tokens.cls_value:g}, at most "
+        f"{tokens.max_genes:,} genes per cell, ties {tokens.tie_policy} |",
+        f"| genes | {files.vocabulary.n_genes:,} in the vocabulary |",
+        f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
+        f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
+        f"| left behind | {', '.join(report.left_behind) or 'nothing'} |",
+        "",
+        "## Data",
+        "The checkpoint does not say which cells it was trained on, so whether test cells were among them cannot be"
+        " checked: read any score with that in mind.",
+        "",
+    ]
+    if report.notes:
+        lines += ["## Notes", *(f"- {note}" for note in report.notes), ""]
     return "\n".join(lines)
 
 

@@ -78,7 +78,7 @@ class ModelFiles:
             self.model,
             n_tokens=len(self.vocabulary),
             pad=self.vocabulary.pad,
-            n_bins=self.tokens.n_bins,
+            n_bins=self.tokens.n_bins if self.tokens.values == "binned" else 1,  # raw values have none
             cell_conditions={name: len(names) for name, names in self.cell_conditions.items()},
             gene_conditions={name: len(names) for name, names in self.gene_conditions.items()},
             heads=self.heads,
@@ -90,6 +90,12 @@ def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: 
 
     Raises ScfmError where the folder holds anything, unless `replace` is set and it is a model directory.
     """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_model(folder, weights, files, replace=replace)
+
+
+def write_model(folder: Path, weights: dict[str, Tensor], files: ModelFiles, *, replace: bool = False) -> None:
+    """Write a model directory from its tensors by name; as `save_model` in all else."""
     if folder.exists() and any(folder.iterdir()):
         if not replace:
             raise ScfmError(f"{folder}: is not empty; choose another directory for the model")
@@ -98,26 +104,12 @@ def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "model": asdict(files.model),
-        "tokens": asdict(files.tokens),
-        "value_kind": files.value_kind,
-        "vocabulary_hash": files.vocabulary.hash,
-        "heads": [asdict(head) for head in files.heads],
-    }
-    conditions = {"cell": files.cell_conditions, "gene": files.gene_conditions, "gene_tables": files.gene_tables}
-    for name, content in (
-        ("config.json", config),
-        ("conditions.json", conditions),
-        ("training_data.json", files.training_data),
-    ):
-        (partial / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for name, content in as_plain(files).items():
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     files.vocabulary.save(partial / "vocab.json")
     if files.cell_hashes is not None:
         save_hashes(partial / "cells.hash", files.cell_hashes)
     (partial / "README.md").write_text(files.card, encoding="utf-8")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     former = folder.with_name(f".{folder.name}.former")
     shutil.rmtree(former, ignore_errors=True)
@@ -127,33 +119,54 @@ def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: 
     shutil.rmtree(former, ignore_errors=True)
 
 
+def as_plain(files: ModelFiles) -> dict[str, Any]:
+    """Return what config.json, conditions.json and training_data.json say, by these names."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model": asdict(files.model),
+        "tokens": asdict(files.tokens),
+        "value_kind": files.value_kind,
+        "vocabulary_hash": files.vocabulary.hash,
+        "heads": [asdict(head) for head in files.heads],
+    }
+    conditions = {"cell": files.cell_conditions, "gene": files.gene_conditions, "gene_tables": files.gene_tables}
+    return {"config": config, "conditions": conditions, "training_data": files.training_data}
+
+
+def from_plain(plain: dict[str, Any], vocabulary: Vocabulary, source: str) -> ModelFiles:
+    """Return the model that `as_plain` described, without card and hashes. Raises ScfmError naming the source."""
+    config, conditions = plain["config"], plain["conditions"]
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ScfmError(f"{source}: format version {version}; this scfm reads {FORMAT_VERSION}")
+    return ModelFiles(
+        model=of_type(ModelConfig, config["model"], source),
+        tokens=of_type(TokenConfig, config["tokens"], source),
+        value_kind=config["value_kind"],
+        vocabulary=vocabulary,
+        heads=[of_type(HeadSpec, head, source) for head in config["heads"]],
+        cell_conditions=conditions["cell"],
+        gene_conditions=conditions["gene"],
+        gene_tables=conditions["gene_tables"],
+        training_data=plain["training_data"],
+    )
+
+
 def read_model(folder: Path | str) -> ModelFiles:
     """Return what a model directory says of its model, without the weights. Raises ScfmError where it is not one."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ScfmError(f"{folder}: is not a model directory (no config.json); give the `model` folder of a run")
-    config = read_json(folder / "config.json")
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ScfmError(f"{folder}/config.json: format version {version}; this scfm reads {FORMAT_VERSION}")
+    names = ("config", "conditions", "training_data")
+    plain = {name: read_json(folder / f"{name}.json") for name in names}
     vocabulary = Vocabulary.load(folder / "vocab.json")
-    if vocabulary.hash != config["vocabulary_hash"]:
+    files = from_plain(plain, vocabulary, f"{folder}/config.json")
+    if vocabulary.hash != plain["config"]["vocabulary_hash"]:
         raise ScfmError(f"{folder}/vocab.json: is not the vocabulary that the model was trained with (hash differs)")
-    conditions = read_json(folder / "conditions.json")
-    hashes = folder / "cells.hash"
-    return ModelFiles(
-        model=of_type(ModelConfig, config["model"], folder),
-        tokens=of_type(TokenConfig, config["tokens"], folder),
-        value_kind=config["value_kind"],
-        vocabulary=vocabulary,
-        heads=[of_type(HeadSpec, head, folder) for head in config["heads"]],
-        cell_conditions=conditions["cell"],
-        gene_conditions=conditions["gene"],
-        gene_tables=conditions["gene_tables"],
-        training_data=read_json(folder / "training_data.json"),
-        cell_hashes=load_hashes(hashes) if hashes.exists() else None,
-        card=(folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else "",
-    )
+    hashes, card = folder / "cells.hash", folder / "README.md"
+    files.cell_hashes = load_hashes(hashes) if hashes.exists() else None
+    files.card = card.read_text(encoding="utf-8") if card.exists() else ""
+    return files
 
 
 def read_weights(folder: Path | str) -> dict[str, Tensor]:
@@ -179,6 +192,12 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str,
     """
     own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
     given = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    check_weights(own, given, source)
+    network.load_state_dict(given, strict=False)
+
+
+def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raise ScfmError that lists every tensor that a model misses, does not know, or has in another shape."""
     wrong = [f"missing: {name}" for name in own.keys() - given.keys()]
     wrong += [f"unexpected: {name}" for name in given.keys() - own.keys()]
     wrong += [
@@ -188,7 +207,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str,
     ]
     if wrong:
         raise ScfmError(f"{source}: the weights do not fit the model:\n  " + "\n  ".join(sorted(wrong)))
-    network.load_state_dict(given, strict=False)
 
 
 def load_model(folder: Path | str) -> tuple[nn.Module, ModelFiles]:
@@ -206,9 +224,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ScfmError(f"{path}: cannot be read ({error}); the model directory is incomplete or damaged") from error
 
 
-def of_type(kind: type, values: dict[str, Any], folder: Path) -> Any:
+def of_type(kind: type, values: dict[str, Any], source: str) -> Any:
     """Build a dataclass from stored values; a key that this version does not know is an error, not ignored."""
     unknown = values.keys() - {f.name for f in fields(kind)}
     if unknown:
-        raise ScfmError(f"{folder}/config.json: unknown keys {sorted(unknown)}; was it written by a newer scfm?")
+        raise ScfmError(f"{source}: unknown keys {sorted(unknown)}; was it written by a newer scfm?")
     return kind(**values)

@@ -91,14 +91,20 @@ def bin_reals(
         row = values[offsets[rows[i]] : offsets[rows[i] + 1]]
         if len(row) == 0:
             continue
-        ordered = np.sort(row)
-        for j in range(len(quantiles)):
-            rank = (len(row) - 1) * quantiles[j]
-            k = int(rank)
-            after = ordered[min(k + 1, len(row) - 1)]
-            edges[j] = _interpolate(float(ordered[k]), float(after), rank - k)
+        edges_of_reals(row, quantiles, edges)
         for t in range(len(row)):
             bins[starts[i] + t] = _search(float(row[t]), edges, spread_ties, streams[i], t)
+
+
+@njit(nogil=True, cache=True)
+def edges_of_reals(values: NDArray[np.floating], quantiles: NDArray[np.float64], edges: NDArray[np.float64]) -> None:
+    """Write the quantiles of a cell's non-zero values, (n_bins - 1,), as numpy.quantile gives them in float64."""
+    ordered = np.sort(values)
+    for j in range(len(quantiles)):
+        rank = (len(values) - 1) * quantiles[j]
+        k = int(rank)
+        after = ordered[min(k + 1, len(values) - 1)]
+        edges[j] = _interpolate(float(ordered[k]), float(after), rank - k)
 
 
 @njit(nogil=True, cache=True)

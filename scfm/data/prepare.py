@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data.expression import take_cells
+from scfm.data.gene_table import GeneTable
 from scfm.data.shards import RESERVED_COLUMNS, ShardWriter, read_manifest
 from scfm.data.shuffle import Buckets
 from scfm.data.sources import H5adSource
 from scfm.data.store import ValueKind
-from scfm.data.vocabulary import Gene, Vocabulary, read_vocabulary
+from scfm.data.vocabulary import Gene, Vocabulary
+from scfm.data.vocabulary_files import read_vocabulary
 from scfm.errors import ScfmError
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ def prepare(
     out: str | Path,
     *,
     vocabulary: str | Path | None = None,
+    genes: Sequence[str | Path] = (),
     obs: Sequence[str] = (),
     accept_normalised: bool = False,
     keep_order: bool = False,
@@ -123,6 +126,7 @@ def prepare(
         sources: h5ad files, or folders that are searched for them.
         out: directory to write; it must not exist, or be empty.
         vocabulary: vocab.json, or a text file with a gene per line; without it the union of all sources' genes.
+        genes: tables of genes (HGNC, GENCODE ...), the most trusted first: id, symbol and old names are the same gene.
         obs: categorical obs columns to carry along; a source that lacks one gets missing values.
         accept_normalised: take values that are not counts as float32, of which only the order within a cell counts.
         keep_order: keep the cells in the order of the sources (inference) instead of shuffling them (training).
@@ -136,9 +140,10 @@ def prepare(
     if cells_per_shard < 1:
         raise ScfmError(f"cells per shard: {cells_per_shard} must be at least 1")
     given = None if vocabulary is None else read_vocabulary(Path(vocabulary))
+    table = GeneTable.read(genes) if genes else None
     with _progress() as progress:
-        surveyed, genes = _survey(_h5ad_files(sources), given, obs, accept_normalised, progress)
-        known = given or Vocabulary.from_genes(genes.elements())
+        surveyed, named = _survey(_h5ad_files(sources), given, table, obs, accept_normalised, progress)
+        known = given or Vocabulary.from_genes(named.elements())
         value_kind: ValueKind = "normalised" if any(s.value_kind == "normalised" for s in surveyed) else "counts"
         categories = _union_of_categories(surveyed, obs)
         primary = sum(source.primary for source in surveyed)
@@ -150,7 +155,7 @@ def prepare(
             buckets = Buckets(dealt, in_a_shard, max(1, -(-primary // in_a_shard)), None if keep_order else seed)
             task = progress.add_task("reading cells", total=sum(source.cells for source in surveyed))
             reports = [
-                _pour(source, buckets, known, value_kind, categories, lambda n: progress.advance(task, n))
+                _pour(source, buckets, known, table, value_kind, categories, lambda n: progress.advance(task, n))
                 for source in surveyed
             ]
             n_shards = buckets.close()
@@ -192,7 +197,12 @@ def _h5ad_files(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def _survey(
-    files: list[Path], given: Vocabulary | None, obs: Sequence[str], accept_normalised: bool, progress: Progress
+    files: list[Path],
+    given: Vocabulary | None,
+    table: GeneTable | None,
+    obs: Sequence[str],
+    accept_normalised: bool,
+    progress: Progress,
 ) -> tuple[list[_Surveyed], Counter[Gene]]:
     """Open every source once: enough to refuse what is wrong before anything is written."""
     reserved = [name for name in obs if name in (*RESERVED_COLUMNS, SOURCE_COLUMN)]
@@ -206,9 +216,9 @@ def _survey(
             if not named:
                 raise ScfmError(f"{path}: neither var nor its index names a gene; give Ensembl ids or gene symbols")
             if given is None:
-                genes.update(named)
+                genes.update(named if table is None else table.canonical(named))
             else:
-                source.gene_of_column(given)  # refuses a source of which the vocabulary knows no gene
+                source.gene_of_column(given, table)  # refuses a source of which the vocabulary knows no gene
             columns = {name: column for name in obs if (column := source.obs(name)) is not None}
             surveyed.append(
                 _Surveyed(
@@ -240,6 +250,7 @@ def _pour(
     surveyed: _Surveyed,
     buckets: Buckets,
     vocabulary: Vocabulary,
+    table: GeneTable | None,
     value_kind: ValueKind,
     categories: dict[str, list[str]],
     advance: Callable[[int], None],
@@ -250,7 +261,7 @@ def _pour(
         primary = source.primary()
         columns = {name: _codes(source, name, categories) for name in categories if name != SOURCE_COLUMN}
         columns[SOURCE_COLUMN] = np.full(source.n_cells, categories[SOURCE_COLUMN].index(surveyed.label))
-        gene_of_column = source.gene_of_column(vocabulary)
+        gene_of_column = source.gene_of_column(vocabulary, table)
         for first, block in source.cells(gene_of_column, value_kind):
             here = slice(first, first + block.n_cells)
             expressed = np.diff(block.offsets) > 0

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import h5py
     from anndata import AnnData
 
+    from scfm.data.gene_table import GeneTable
+
 VALUES_PER_BLOCK = 2**22
 VALUES_PER_COLUMN_PASS = 2**24
 PROVENANCE = ("schema_version", "title", "citation", "dataset_id")
@@ -80,9 +82,9 @@ class Source(ABC):
         """Return the genes of the columns that have a name."""
         return [Gene.of(*names) for names in zip(*self.genes, strict=True) if any(names)]
 
-    def gene_of_column(self, vocabulary: Vocabulary) -> NDArray[np.int32]:
+    def gene_of_column(self, vocabulary: Vocabulary, table: GeneTable | None = None) -> NDArray[np.int32]:
         """Return the vocabulary id of each column, -1 for unknown genes. Raises ScfmError where no gene is known."""
-        matched = vocabulary.match(*self.genes)
+        matched = vocabulary.match(*self.genes, table)
         if not (matched >= 0).any():
             seen = ", ".join(map(_spelled, self.gene_list()[:5])) or "no names at all"
             expected = ", ".join(map(_spelled, vocabulary.entries[: min(5, vocabulary.n_genes)]))
@@ -360,9 +362,13 @@ class H5adSource(Source):
 
 
 def store_from_anndata(
-    adata: AnnData, vocabulary: Vocabulary, accept_normalised: bool = False, obs_columns: Sequence[str] = ()
+    adata: AnnData,
+    vocabulary: Vocabulary,
+    accept_normalised: bool = False,
+    obs_columns: Sequence[str] = (),
+    genes: GeneTable | None = None,
 ) -> CellStore:
-    """Return an AnnData's cells as a store in memory; the AnnData is not changed.
+    """Return an AnnData's cells as a store in memory, genes matched with the help of a table; it is not changed.
 
     Every cell keeps its row, one without any expressed gene of the vocabulary as an empty one. Raises ScfmError as
     reading an h5ad file does, and for an obs column that is not there.
@@ -371,7 +377,7 @@ def store_from_anndata(
     absent = [name for name in obs_columns if name not in source.obs_names]
     if absent:
         raise ScfmError(f"{source.label} has no obs column {', '.join(absent)}; it has {', '.join(source.obs_names)}")
-    parts = [block for _, block in source.cells(source.gene_of_column(vocabulary), source.value_kind)]
+    parts = [block for _, block in source.cells(source.gene_of_column(vocabulary, genes), source.value_kind)]
     return CellStore(
         vocabulary=vocabulary,
         value_kind=source.value_kind,

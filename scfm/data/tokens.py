@@ -31,6 +31,7 @@ class TokenConfig:
 
     genes: Literal["expressed", "all"] = "expressed"
     max_genes: int = 1199
+    values: Literal["binned", "raw"] = "binned"
     n_bins: int = 51
     tie_policy: Literal["left", "random"] = "left"
     mask_ratios: Sequence[float] = field(default_factory=lambda: (0.25, 0.5, 0.75))
@@ -108,23 +109,38 @@ class Tokeniser:
             starts: (n,) first token of each cell in the three arrays below.
             lengths, n_unknown: what `plan` returned.
             genes: (T,) ids.
-            values: (T,) bins; `cls_value` at `<cls>`, `mask_value` at unknown genes.
-            targets: (T,) the true bins; may be `values` itself where nothing is hidden.
+            values: (T,) bins, or the values of the store; `cls_value` at `<cls>`, `mask_value` at unknown genes.
+            targets: (T,) the true ones; may be `values` itself where nothing is hidden.
         """
         config = self.config
-        bin_rows = bin_counts if self.value_kind == "counts" else bin_reals
         tie_streams = _streams(keys, config.seed, epoch, TIES)
         choice_streams = _streams(keys, config.seed, epoch, CHOICE)
         specials = (self.vocabulary.n_genes, self.vocabulary.cls, config.cls_value, config.mask_value)
         write = _write_all if config.genes == "all" else _write_expressed
         for block, cells, places in _by_block(store, rows):
             sizes = block.offsets[places + 1] - block.offsets[places]
-            bin_starts = np.cumsum(sizes, dtype=np.int64) - sizes
-            bins = np.empty(sizes.sum(), np.uint16)
-            spread = config.tie_policy == "random"
-            bin_rows(block.offsets, block.values, places, self._quantiles, spread, tie_streams[cells], bin_starts, bins)
             plans = (starts[cells], lengths[cells], n_unknown[cells], choice_streams[cells])
-            write(block.offsets, block.genes, places, bin_starts, bins, plans, specials, genes, values, targets)
+            if config.values == "raw":
+                read, read_starts = block.values, block.offsets[places].astype(np.int64)
+            else:
+                read_starts = np.cumsum(sizes, dtype=np.int64) - sizes
+                read = self._bins(block, places, tie_streams[cells], read_starts, sizes.sum())
+            write(block.offsets, block.genes, places, read_starts, read, plans, specials, genes, values, targets)
+
+    def _bins(
+        self,
+        block: CellBlock,
+        places: NDArray[np.int64],
+        tie_streams: NDArray[np.uint64],
+        starts: NDArray[np.int64],
+        n_values: int,
+    ) -> NDArray[np.uint16]:
+        """Return the bins of some cells of a block, those of cell i from starts[i] on."""
+        bins = np.empty(n_values, np.uint16)
+        bin_rows = bin_counts if self.value_kind == "counts" else bin_reals
+        spread = self.config.tie_policy == "random"
+        bin_rows(block.offsets, block.values, places, self._quantiles, spread, tie_streams, starts, bins)
+        return bins
 
     def conditions_of(self, genes: NDArray[np.int32]) -> dict[str, NDArray[np.int64]]:
         """Return name -> (T,) condition index of each token."""
@@ -203,7 +219,7 @@ def _scratch(most_genes: int, most_tokens: int) -> Scratch:
 @njit(nogil=True, cache=True)
 def _write_cell(
     ids: NDArray,
-    bins: NDArray,
+    read: NDArray,
     unknown: int,
     choice_stream: int,
     specials: Specials,
@@ -219,16 +235,16 @@ def _write_cell(
     known = len(genes) - 1 - unknown
     if known == len(ids):
         for t in range(known):
-            genes[1 + t], values[1 + t], targets[1 + t] = ids[t], bins[t], bins[t]
+            genes[1 + t], values[1 + t], targets[1 + t] = ids[t], read[t], read[t]
         return
     _split(len(ids), known, unknown, choice_stream, chances, first, second)
     for j in range(known):
         t = first[j]
-        genes[1 + j], values[1 + j], targets[1 + j] = ids[t], bins[t], bins[t]
+        genes[1 + j], values[1 + j], targets[1 + j] = ids[t], read[t], read[t]
     genes, values, targets = genes[1 + known :], values[1 + known :], targets[1 + known :]
     for j in range(unknown):
         t = second[j]
-        genes[j], values[j], targets[j] = ids[t], mask_value, bins[t]
+        genes[j], values[j], targets[j] = ids[t], mask_value, read[t]
 
 
 @njit(nogil=True, cache=True)
@@ -236,8 +252,8 @@ def _write_expressed(
     offsets: NDArray,
     ids: NDArray,
     rows: NDArray,
-    bin_starts: NDArray,
-    bins: NDArray,
+    read_starts: NDArray,
+    read: NDArray,
     plans: Plans,
     specials: Specials,
     genes: NDArray,
@@ -249,10 +265,10 @@ def _write_expressed(
     scratch = _scratch((offsets[rows + 1] - offsets[rows]).max(), lengths.max())
     for i in range(len(rows)):
         row = slice(offsets[rows[i]], offsets[rows[i] + 1])
-        row_bins = bins[bin_starts[i] : bin_starts[i] + (row.stop - row.start)]
+        row_values = read[read_starts[i] : read_starts[i] + (row.stop - row.start)]
         out = slice(starts[i], starts[i] + lengths[i])
         _write_cell(
-            ids[row], row_bins, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
+            ids[row], row_values, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
         )
 
 
@@ -261,8 +277,8 @@ def _write_all(
     offsets: NDArray,
     ids: NDArray,
     rows: NDArray,
-    bin_starts: NDArray,
-    bins: NDArray,
+    read_starts: NDArray,
+    read: NDArray,
     plans: Plans,
     specials: Specials,
     genes: NDArray,
@@ -273,12 +289,12 @@ def _write_all(
     starts, lengths, n_unknown, streams = plans
     scratch = _scratch(specials[0], lengths.max())
     every_gene = np.arange(specials[0])
-    every_bin = np.empty(specials[0], np.uint16)
+    every_value = np.empty(specials[0], read.dtype)
     for i in range(len(rows)):
-        every_bin[:] = 0
+        every_value[:] = 0
         for t, place in enumerate(range(offsets[rows[i]], offsets[rows[i] + 1])):
-            every_bin[ids[place]] = bins[bin_starts[i] + t]
+            every_value[ids[place]] = read[read_starts[i] + t]
         out = slice(starts[i], starts[i] + lengths[i])
         _write_cell(
-            every_gene, every_bin, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
+            every_gene, every_value, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
         )

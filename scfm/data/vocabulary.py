@@ -13,14 +13,18 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scfm.errors import ScfmError
+
+if TYPE_CHECKING:
+    from scfm.data.gene_table import GeneTable
 
 SPECIALS = ("<pad>", "<cls>")
 
@@ -62,10 +66,41 @@ def strip_version(name: str) -> str:
     return ENSEMBL_VERSION.sub("", name) if name.startswith("ENS") else name
 
 
+def is_special(name: str) -> bool:
+    """Say whether a name has the form of a special token: `<...>`."""
+    return len(name) > 2 and name.startswith("<") and name.endswith(">")
+
+
+class MatchedBy(IntEnum):
+    """How a gene of a source was found in a vocabulary, or why it was not."""
+
+    ID = 0
+    SYMBOL = 1
+    TABLE = 2  # its id is the symbol's, or its symbol the id's, by a gene table
+    ALIAS = 3  # a gene table has one of the two names as a previous symbol, an alias or a second id
+    UNKNOWN = 4  # the vocabulary has no such gene
+    AMBIGUOUS = 5  # the name, or the entry it leads to, could be that of several genes
+    TAKEN = 6  # another gene of the source has the entry with better right
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """Where the genes of a source stand in a vocabulary.
+
+    Attributes:
+        entries: (genes,) entry of each, -1 for one that is left out.
+        by: (genes,) a MatchedBy of each.
+    """
+
+    entries: NDArray[np.int32]
+    by: NDArray[np.int8]
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Ordered genes, then the special tokens; the place in the list is the id that models and shards store.
 
+    The special tokens are `<pad>`, `<cls>`, and any others of the form `<...>` that a model brings along.
     Raises ScfmError where an id stands there twice or the special tokens are not the last entries.
     """
 
@@ -73,8 +108,12 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         ids = [gene.id for gene in self.entries]
-        if tuple(ids[-len(SPECIALS) :]) != SPECIALS:
-            raise ScfmError(f"a vocabulary must end with {', '.join(SPECIALS)}; this one ends with {ids[-2:]}")
+        specials = ids[ids.index(SPECIALS[0]) :] if SPECIALS[0] in ids else []
+        if tuple(specials[: len(SPECIALS)]) != SPECIALS or not all(map(is_special, specials)):
+            raise ScfmError(
+                f"a vocabulary must end with {', '.join(SPECIALS)} and such further tokens as <...>; "
+                f"this one ends with {(specials or ids)[-3:]}"
+            )
         twice = [name for name, n in Counter(ids).items() if n > 1]
         if twice:
             raise ScfmError(f"{len(twice)} ids stand in the vocabulary more than once, e.g. {twice[:3]}")
@@ -106,9 +145,9 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.entries)
 
-    @property
+    @cached_property
     def n_genes(self) -> int:
-        return len(self.entries) - len(SPECIALS)
+        return next(i for i, gene in enumerate(self.entries) if gene.id == SPECIALS[0])
 
     @property
     def pad(self) -> int:
@@ -142,7 +181,12 @@ class Vocabulary:
 
     @cached_property
     def _by_ensembl(self) -> dict[str, int]:
-        return {gene.ensembl: i for i, gene in enumerate(self.entries) if gene.ensembl}
+        """Ensembl id to entry; scGPT lists a few ids twice, with and without version: the one without is meant."""
+        entry_of: dict[str, int] = {}
+        for i, gene in enumerate(self.entries):
+            if gene.ensembl and (gene.ensembl not in entry_of or gene.id == gene.ensembl):
+                entry_of[gene.ensembl] = i
+        return entry_of
 
     @cached_property
     def _by_symbol(self) -> dict[str, int]:
@@ -153,20 +197,43 @@ class Vocabulary:
             if gene.symbol and (gene.symbol not in self.ambiguous_symbols or gene.ensembl is None)
         }
 
-    def match(self, ensembl: Sequence[str | None], symbols: Sequence[str | None]) -> NDArray[np.int32]:
-        """Return the entry of each gene of a source: by Ensembl id (any version), else by symbol, else -1.
+    def match(
+        self, ensembl: Sequence[str | None], symbols: Sequence[str | None], table: GeneTable | None = None
+    ) -> NDArray[np.int32]:
+        """Return the entry of each gene of a source, -1 for a gene that is not here; see `matching`."""
+        return self.matching(ensembl, symbols, table).entries
+
+    def matching(
+        self, ensembl: Sequence[str | None], symbols: Sequence[str | None], table: GeneTable | None = None
+    ) -> GeneMatch:
+        """Return the entry of each gene of a source: by Ensembl id (any version), else by symbol, else by the table.
 
         Two different Ensembl ids meet by symbol only where the source does not also hold the entry's own id:
         an id that a newer annotation replaced is found, a second gene of the same name is not added to the first.
+
+        A table adds what it knows to be the same gene: the id of a symbol or the symbol of an id, then previous symbols
+        and aliases. Through a table no two genes of a source ever become one: an entry that another gene of the source
+        has already is left to that one, and one that several claim with equal right goes to none.
+
+        Args:
+            ensembl: Ensembl id of each gene of the source, None where unknown.
+            symbols: symbol of each gene, None where unknown.
+            table: names that mean the same gene.
         """
         matched = np.array([self._by_ensembl.get(strip_version(e), -1) if e else -1 for e in ensembl], np.int32)
+        how = np.where(matched >= 0, MatchedBy.ID, MatchedBy.UNKNOWN).astype(np.int8)
         taken = set(matched[matched >= 0].tolist())
         for column in np.flatnonzero(matched < 0).tolist():
             symbol = symbols[column]
             entry = self._by_symbol.get(symbol, -1) if symbol else -1
-            rival = entry in taken and ensembl[column] and self.entries[entry].ensembl
-            matched[column] = -1 if rival else entry
-        return matched
+            if entry in taken and ensembl[column] and self.entries[entry].ensembl:
+                how[column] = MatchedBy.TAKEN
+            elif entry >= 0:
+                matched[column], how[column] = entry, MatchedBy.SYMBOL
+            elif symbol in self.ambiguous_symbols:
+                how[column] = MatchedBy.AMBIGUOUS
+        match = GeneMatch(matched, how)
+        return match if table is None else table.complete(match, self, ensembl, symbols)
 
     def save(self, path: Path) -> None:
         """Write `vocab.json`: an ordered list of {id, ensembl, symbol}."""
@@ -179,17 +246,20 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read `vocab.json`. Raises ScfmError naming the file where it does not hold a vocabulary."""
         try:
-            listed = json.loads(path.read_text(encoding="utf-8"))
+            return cls.of_list(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ScfmError(f"{path}: there is no such vocabulary file") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ScfmError(f"{path}: not JSON ({error})") from error
-        if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
-            raise ScfmError(f"{path}: expected a list of {{id, ensembl, symbol}}, as `scfm prepare` writes vocab.json")
-        try:
-            return cls([Gene(**entry) for entry in listed])
         except ScfmError as error:
             raise ScfmError(f"{path}: {error}") from error
+
+    @classmethod
+    def of_list(cls, listed: Any) -> Vocabulary:
+        """Return the vocabulary of the content of a `vocab.json`. Raises ScfmError where it is something else."""
+        if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
+            raise ScfmError("expected a list of {id, ensembl, symbol}, as `scfm prepare` writes vocab.json")
+        return cls([Gene(**entry) for entry in listed])
 
     def _plain(self) -> list[dict[str, str | None]]:
         return [{"id": gene.id, "ensembl": gene.ensembl, "symbol": gene.symbol} for gene in self.entries]
@@ -202,26 +272,3 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry["id"], str)
         and all(entry[key] is None or isinstance(entry[key], str) for key in ("ensembl", "symbol"))
     )
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a `vocab.json`, or a text file with one Ensembl id or symbol per line, whose order is kept.
-
-    Raises ScfmError where the file is missing, holds no gene, or names one twice.
-    """
-    if path.suffix == ".json":
-        return Vocabulary.load(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ScfmError(f"{path}: there is no such vocabulary file") from None
-    except UnicodeDecodeError as error:
-        raise ScfmError(f"{path}: neither a vocab.json nor a text file with one gene per line ({error})") from error
-    names = [line.strip() for line in lines if line.strip() and line.strip() not in SPECIALS]
-    if not names:
-        raise ScfmError(f"{path}: holds no gene; expected one Ensembl id or symbol per line")
-    genes = [Gene.of(strip_version(name), None) if is_ensembl(name) else Gene.of(None, name) for name in names]
-    try:
-        return Vocabulary(genes + [Gene(special) for special in SPECIALS])
-    except ScfmError as error:
-        raise ScfmError(f"{path}: {error}") from error

@@ -136,6 +136,14 @@ def reliability(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> 
     return Reliability(cells, _ratio(mean[0], cells), _ratio(mean[1], cells))
 
 
+def relative_error(predicted: NDArray[np.floating], truth: NDArray[np.floating]) -> float:
+    """Return the mean of |x - y| / (y + 1e-6) over predicted values (n,): scGPT's "mre".
+
+    It says nothing where true values are zero: each of them adds a million times its error.
+    """
+    return float((np.abs(predicted - truth) / (truth + 1e-6)).mean())
+
+
 @dataclass(frozen=True)
 class ClassificationScores:
     """Scores of one set of predictions.

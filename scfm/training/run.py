@@ -171,6 +171,7 @@ def token_config(recipe: Recipe) -> TokenConfig:
     return TokenConfig(
         genes=data.genes,
         max_genes=data.max_genes,
+        values=data.values,
         n_bins=data.n_bins,
         tie_policy=data.tie_policy,
         mask_ratios=tuple(data.mask_ratios),

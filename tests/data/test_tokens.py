@@ -241,3 +241,17 @@ def test_gene_conditions_follow_the_genes() -> None:
 def test_settings_that_cannot_work_name_their_key(change: dict, message: str) -> None:
     with pytest.raises(ScfmError, match=message):
         TokenConfig(**change)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_raw_values_pass_as_they_are(cells: np.ndarray, dtype: type) -> None:
+    """Also where a gene is hidden, sampled or not expressed; no bin is computed."""
+    values = cells.astype(dtype) if dtype is np.uint8 else (cells * 0.37).astype(dtype)
+    store = store_of(values, blocks=2)
+    for genes in ("expressed", "all"):
+        config = TokenConfig(values="raw", genes=genes, mask_ratios=(0.5,), max_genes=250)  # type: ignore[arg-type]
+        for row, tokens in enumerate(tokens_of(config, store, list(range(len(cells))))):
+            assert tokens.targets[1:].tolist() == values[row][tokens.genes[1:]].astype(np.float32).tolist()
+            known = len(tokens.genes) - tokens.n_unknown
+            assert (tokens.values[:known] == tokens.targets[:known]).all()
+            assert (tokens.values[known:] == config.mask_value).all()

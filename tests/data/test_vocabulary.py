@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scfm.data.vocabulary import SPECIALS, Gene, Vocabulary, is_ensembl, read_vocabulary, strip_version
+from scfm.data.vocabulary import SPECIALS, Gene, Vocabulary, is_ensembl, strip_version
+from scfm.data.vocabulary_files import read_vocabulary
 from scfm.errors import ScfmError
 
 TP53 = Gene.of("ENSG00000141510", "TP53")

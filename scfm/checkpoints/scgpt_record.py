@@ -1,0 +1,60 @@
+"""scfm.json: beside an exported scGPT checkpoint, all that scGPT has no place for, so that the way back is exact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scfm.checkpoints.native import ModelFiles, as_plain, from_plain, read_json
+from scfm.data.hashing import load_hashes, save_hashes
+from scfm.data.vocabulary import Gene, Vocabulary
+from scfm.errors import ScfmError
+
+RECORD = "scfm.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The model that was exported, and how.
+
+    Attributes:
+        files: the native model's own description.
+        native_of: for every row of scGPT's gene embedding the vocabulary's index, -1 for a row that was added.
+        added: tensors that scGPT has and the native model has not.
+    """
+
+    files: ModelFiles
+    native_of: list[int]
+    added: list[str]
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write scfm.json, and cells.hash where the hashes of the training cells are known."""
+    files = record.files
+    content: dict[str, Any] = {
+        **as_plain(files),
+        "vocabulary": [[gene.id, gene.ensembl, gene.symbol] for gene in files.vocabulary.entries],
+        "native_of": record.native_of,
+        "added": record.added,
+        "card": files.card,
+    }
+    (folder / RECORD).write_text(json.dumps(content), encoding="utf-8")
+    if files.cell_hashes is not None:
+        save_hashes(folder / "cells.hash", files.cell_hashes)
+
+
+def read_record(folder: Path) -> Record:
+    """Read what `write_record` wrote. Raises ScfmError where it is damaged or of another version."""
+    path = folder / RECORD
+    content = read_json(path)
+    needed = {"config", "conditions", "training_data", "vocabulary", "native_of", "added", "card"}
+    if not needed <= content.keys():
+        raise ScfmError(f"{path}: lacks {sorted(needed - content.keys())}; remove it to read the folder as scGPT's")
+    vocabulary = Vocabulary([Gene(*names) for names in content["vocabulary"]])
+    files = from_plain(content, vocabulary, str(path))
+    files.card = content["card"]
+    if (folder / "cells.hash").exists():
+        files.cell_hashes = load_hashes(folder / "cells.hash")
+    return Record(files, content["native_of"], content["added"])
