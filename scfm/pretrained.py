@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -129,6 +129,35 @@ class PretrainedModel:
         adata.obs[f"{head.task}_probability"] = probabilities.max(axis=1)
         adata.obsm[f"{head.task}_probabilities"] = probabilities
 
+    def generate(
+        self,
+        prompt: AnnData,
+        genes: Sequence[str] | None = None,
+        *,
+        steps: int,
+        start: Literal["genes", "cell"] = "genes",
+        tokens_per_pack: int = 16384,
+    ) -> AnnData:
+        """Return a new AnnData of generated values: K steps, the most confident genes first (see `scfm.generation`).
+
+        `X` (cells, genes) holds bins, or values where the model reads raw ones; `.layers["confidence"]` how sure the
+        model was, 0 to 1, and `.layers["step"]` in which step it was.
+
+        Args:
+            prompt: cells as for `embed`.
+            genes: Ensembl ids or symbols to generate; all genes of `prompt` that the model knows if not given.
+            steps: K; 1 is a single forward pass.
+            start: `genes` starts from the expressed genes of each cell that are not to be generated; `cell` from its
+                cell embedding alone.
+            tokens_per_pack: most tokens in one forward pass.
+
+        Raises:
+            ScfmError: the model's `gep` head does not say how sure it is, or a gene is unknown.
+        """
+        from scfm.generation import generate_anndata
+
+        return generate_anndata(self, prompt, genes, steps=steps, start=start, tokens_per_pack=tokens_per_pack)
+
     def finetune(self, adata: AnnData, task: str | dict[str, Any] = "annotation", **sections: Any) -> PretrainedModel:
         """Return a new model, fine-tuned for a task on labelled cells; this one stays as it is.
 
@@ -170,7 +199,20 @@ class PretrainedModel:
     def outputs(
         self, store: CellStore, conditions: dict[str, NDArray[np.int64]], tokens_per_pack: int
     ) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yield packs of all cells in turn, nothing hidden, with the network's outputs for them.
+        """Yield packs of all cells in turn, nothing hidden, with the network's outputs for them."""
+        for pack in self.packs(store, conditions, tokens_per_pack):
+            with torch.inference_mode():
+                output = self.network(pack)
+            yield pack, output
+
+    def packs(
+        self,
+        store: CellStore,
+        conditions: dict[str, NDArray[np.int64]],
+        tokens_per_pack: int,
+        cells_per_batch: int = CELLS_PER_BATCH,
+    ) -> Iterator[PackedBatch]:
+        """Yield packs of all cells in turn, nothing hidden.
 
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
         """
@@ -180,7 +222,7 @@ class PretrainedModel:
         )
         loader = PackLoader(
             store,
-            CellOrder(range(store.n_cells), CELLS_PER_BATCH, seed=tokens.seed, shuffle=False),
+            CellOrder(range(store.n_cells), cells_per_batch, seed=tokens.seed, shuffle=False),
             replace(self.files, value_kind=store.value_kind).tokeniser(tokens),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
             cell_conditions=conditions,
@@ -189,10 +231,7 @@ class PretrainedModel:
         self.network.to(self.device)
         for packs in loader.batches(epoch=0):
             for pack in packs:
-                pack = pack.to(self.device)
-                with torch.inference_mode():
-                    output = self.network(pack)
-                yield pack, output
+                yield pack.to(self.device)
 
     def provenance(self, adata: AnnData, store: CellStore, conditions: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
         """Return what `.uns["scfm"]` says of where the results came from."""
