@@ -105,7 +105,8 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("genes", justify="right")
-    table.add_column("share of counts", justify="right")
+    if coverage:
+        table.add_column("share of counts", justify="right")
     table.add_row("with Ensembl id", f"{report.with_id:,}")
     table.add_row("with symbol only", f"{report.with_symbol_only:,}")
     table.add_row("without name", f"{report.genes - report.with_id - report.with_symbol_only:,}", end_section=True)

@@ -1,8 +1,8 @@
-"""Run with the released scGPT on the path, never with scfm: loads a folder as its embed_data does, and computes.
+"""Run with the released scGPT on the path, never with scfm: loads folders as its embed_data does, and computes.
 
-python original_scgpt.py FOLDER INPUTS OUTPUTS [CLASS]: INPUTS are src, values and padding (N, L), and what else the
-model's forward takes; OUTPUTS become what it returns; the last line printed is a JSON list of parameters that the
-loader would skip.
+python original_scgpt.py PLACE ...: each PLACE holds a folder `exported`, and `inputs.safetensors` with src, values and
+padding (N, L) and what else the model's forward takes. What that returns becomes `outputs.safetensors` there, and
+`loaded.json` names the class, the tensors of the file that the model did not take, and its own that the file lacks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,12 +19,8 @@ from scgpt.tokenizer import GeneVocab
 from scgpt.utils import load_pretrained
 
 
-def main(folder: Path, inputs: str, outputs: str, kind: str = "TransformerModel") -> None:
-    vocab = GeneVocab.from_file(folder / "vocab.json")
-    for token in ("<pad>", "<cls>", "<eoc>"):
-        if token not in vocab:
-            vocab.append_token(token)
-    args = json.loads((folder / "args.json").read_text())
+def build(args: dict[str, Any], vocab: GeneVocab) -> torch.nn.Module:
+    """Return the model that args.json announces, on torch's own layers."""
     options = {
         "ntoken": len(vocab),
         "d_model": args["embsize"],
@@ -42,27 +39,37 @@ def main(folder: Path, inputs: str, outputs: str, kind: str = "TransformerModel"
         "mvc_decoder_style": args["mvc_decoder_style"],
         "use_fast_transformer": False,
     }
-    if kind == "TransformerGenerator":
+    if "pert_pad_id" in args:
         names = ("pert_pad_id", "decoder_activation", "decoder_adaptive_bias")
-        model = TransformerGenerator(**options, **{name: args[name] for name in names})
-    else:
-        names = ("do_dab", "use_batch_labels", "num_batch_labels", "domain_spec_batchnorm", "input_emb_style")
-        options |= {name: args[name] for name in names} | {"n_input_bins": args.get("n_input_bins")}
-        if kind == "TransformerModel":
-            model = TransformerModel(**options)
-        else:
-            mod = {"use_mod": args["use_mod"], "ntokens_mod": args.get("ntokens_mod"), "vocab_mod": {"<pad>": 2}}
-            model = MultiOmicTransformerModel(**options, **mod)
+        return TransformerGenerator(**options, **{name: args[name] for name in names})
+    names = ("do_dab", "use_batch_labels", "num_batch_labels", "domain_spec_batchnorm", "input_emb_style")
+    options |= {name: args[name] for name in names} | {"n_input_bins": args.get("n_input_bins")}
+    if not args["use_mod"]:
+        return TransformerModel(**options)
+    model = MultiOmicTransformerModel(**options, use_mod=True, ntokens_mod=args["ntokens_mod"], vocab_mod={"<pad>": 2})
+    # load_pretrained takes a model that does not say which layers it has for one with flash attention
+    model.use_fast_transformer = False
+    return model
+
+
+def compute(place: Path) -> None:
+    folder = place / "exported"
+    vocab = GeneVocab.from_file(folder / "vocab.json")
+    for token in ("<pad>", "<cls>", "<eoc>"):
+        if token not in vocab:
+            vocab.append_token(token)
+    args = json.loads((folder / "args.json").read_text())
+    model = build(args, vocab)
     state = torch.load(folder / "best_model.pt", map_location="cpu", weights_only=True)
-    own = {name.replace("in_proj_", "Wqkv."): tensor.shape for name, tensor in model.state_dict().items()}
-    skipped = [name for name, tensor in state.items() if own.get(name) != tensor.shape]
-    untouched = [name for name in own if name not in state]
     load_pretrained(model, state, verbose=False)
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    given = load_file(inputs)
+    own = {name.replace("in_proj_", "Wqkv."): tensor for name, tensor in model.state_dict().items()}
+    skipped = [name for name, tensor in state.items() if name not in own or not torch.equal(own[name], tensor)]
+    lacking = [name for name in own if name not in state]
+    told = {"class": type(model).__name__, "skipped": skipped, "lacking": lacking}
+    (place / "loaded.json").write_text(json.dumps(told))
+    given = load_file(place / "inputs.safetensors")
     with torch.no_grad():
-        said = model(
+        said = model.eval()(
             given.pop("src"),
             given.pop("values"),
             src_key_padding_mask=given.pop("src_key_padding_mask"),
@@ -70,9 +77,10 @@ def main(folder: Path, inputs: str, outputs: str, kind: str = "TransformerModel"
             MVC=args["MVC"],
             CLS=not args["no_cls"],
         )
-    save_file({name: tensor.contiguous() for name, tensor in said.items()}, outputs)
-    print(json.dumps({"skipped": skipped, "untouched": untouched}))
+    save_file({name: tensor.contiguous() for name, tensor in said.items()}, place / "outputs.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    torch.backends.mha.set_fastpath_enabled(False)
+    for place in sys.argv[1:]:
+        compute(Path(place))

@@ -54,10 +54,11 @@ def convert(
         raise ScfmError(f"{target}: exists already and is left as it is; choose another --out")
     lines: list[str] = []
     if is_native(place):
-        given = {"--vocab": vocab, "--args": args, "--allow": allow, "--labels": labels, "--batches": batches}
-        idle = [option for option, value in {**given, "--genes": genes}.items() if value]
-        if idle or (drop and to == "native"):
-            raise ScfmError(f"{', '.join(idle or ['--drop'])}: has no meaning for {place}, a native model directory")
+        given = {"--vocab": vocab, "--args": args, "--preset": preset != "zero_shot", "--allow": allow}
+        given |= {"--labels": labels, "--batches": batches, "--genes": genes, "--drop": drop and to == "native"}
+        idle = [option for option, value in given.items() if value]
+        if idle:
+            raise ScfmError(f"{', '.join(idle)}: has no meaning for {place}, a native model directory")
         if to == "native" and add_genes is None:
             raise ScfmError(f"{place}: is a native model directory already; there is nothing to convert")
         files, weights = read_native(place)

@@ -136,8 +136,9 @@ def write_scgpt(folder: Path, export: Export) -> None:
     partial.mkdir(parents=True)
     (partial / "args.json").write_text(json.dumps(export.args, indent=1), encoding="utf-8")
     write_tokens(partial / "vocab.json", export.tokens)
-    torch.save(export.state, partial / "best_model.pt")
-    write_record(partial, export.record)
+    weights = partial / "best_model.pt"
+    torch.save(export.state, weights)
+    write_record(partial, export.record, weights)
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)

@@ -44,6 +44,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     zipped = zipfile.is_zipfile(path)
     damaged = ScfmError(f"{path}: is damaged or no torch file; copy it again from where it came")
+    if zipped and not is_whole(path):  # torch does not look at checksums
+        raise damaged
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # the file is refused or read, all the same
@@ -74,6 +76,15 @@ def refusal(path: Path, reason: str) -> ScfmError:
         f"{path}: holds code or objects other than tensors{detail}. scfm never executes what a file asks for, and "
         f"nothing of it was executed. If you trust its origin, {RESAVE}"
     )
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether every member of a zip file has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as members:
+            return members.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def is_pickle(path: Path) -> bool:

@@ -99,7 +99,7 @@ class FormReader:
             self.notes.append("args.json has no dropout; 0.2, as the published models were trained with")
         if args.get("pre_norm") and self.layout.startswith("torch"):
             self.notes.append("args.json says pre_norm, which scGPT ignores on torch's layers: the model is post-norm")
-        batch_read = "batch_encoder" in parts
+        norm = self.input_norm()
         return ModelConfig(
             width=width,
             heads=heads,
@@ -111,9 +111,9 @@ class FormReader:
             attention="generative" if FLAG in self.shapes else "full",
             unknown_output_projection=FLAG not in self.shapes,
             cell_embedding=POOLING[style],
-            cell_conditions=["batch"] if batch_read else [],
-            input_norm=self.input_norm(),
-            domain="batch" if self.input_norm() == "domain" else None,
+            cell_conditions=["batch"] if "batch_encoder" in parts else [],
+            input_norm=norm,
+            domain="batch" if norm == "domain" else None,
             modality="modality" if "modality" in parts else None,
         )
 
@@ -131,7 +131,13 @@ class FormReader:
     def input_norm(self) -> Literal["none", "batch", "domain"]:
         if "input_norm" not in self.parts:
             return "none"
-        return "domain" if any(name.startswith("dsbn.") for name in self.shapes) else "batch"
+        kind: Literal["batch", "domain"] = "batch"
+        if any(name.startswith("dsbn.") for name in self.shapes):
+            kind = "domain"
+        said = self.args.get("domain_spec_batchnorm")
+        if said and (said == "batchnorm") != (kind == "batch"):
+            self.conflicts.append(f"args.json says domain_spec_batchnorm {said!r}, the tensors have a {kind} norm")
+        return kind
 
     def batch_names(self, given: Sequence[str] | None) -> list[str]:
         """Return the names of the batches, none where the model has none."""

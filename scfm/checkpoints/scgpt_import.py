@@ -14,9 +14,9 @@ from torch import Tensor
 from scfm.checkpoints.card import converted_card
 from scfm.checkpoints.native import ModelFiles, read_json
 from scfm.checkpoints.scgpt_files import read_args, read_state, weights_file
-from scfm.checkpoints.scgpt_form import Form, FormReader
+from scfm.checkpoints.scgpt_form import FormReader
 from scfm.checkpoints.scgpt_names import FLAG, GENES, UNUSED, Pair, layout_of, pairs_of
-from scfm.checkpoints.scgpt_parts import PARTS, announced, check_allowed, part_of
+from scfm.checkpoints.scgpt_parts import announced, check_allowed, part_of
 from scfm.checkpoints.scgpt_record import RECORD, read_record
 from scfm.checkpoints.scgpt_report import Report
 from scfm.checkpoints.scgpt_settings import Preset, gene_tables, token_config
@@ -72,7 +72,7 @@ def read_scgpt(
                 f"{folder / RECORD}: says what scfm exported here, so no option is needed; to read the folder as "
                 "scGPT's alone, remove this file"
             )
-        return read_back(exact, folder)
+        return read_back(exact, weights)
     said = read_args(Path(args) if args else folder / "args.json")
     vocab = Path(vocab) if vocab else folder / "vocab.json"
     _, names = layout_of(state)
@@ -195,24 +195,17 @@ def own_cls_value(weights: dict[str, Tensor], n_bins: int) -> list[float]:
     return padding
 
 
-def read_back(state: State, folder: Path) -> tuple[ModelFiles, dict[str, Tensor], Report]:
-    """Read a folder that scfm exported as the model that it was."""
-    record = read_record(folder)
+def read_back(state: State, file: Path) -> tuple[ModelFiles, dict[str, Tensor], Report]:
+    """Return the model that scfm exported into the folder of this file of weights."""
+    record = read_record(file.parent, file)
     files, tokens = record.files, Tokens(record.files.vocabulary, record.native_of)
-    if read_json(folder / "vocab.json") != {token: row for row, token in enumerate(tokens.names)}:
-        raise ScfmError(
-            f"{folder}: vocab.json is not what scfm exported; remove {RECORD} to read the folder as scGPT's"
-        )
-    layout, names = layout_of(state)
-    kept = {names[name]: tensor for name, tensor in state.items() if names[name] not in record.added}
-    pairs = pairs_of(files)
-    shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
-    form = Form(files.model, files.heads)
-    says = dict.fromkeys(part.name for part in PARTS)
-    check(shapes, pairs, form, {}, says, n_tokens=len(record.native_of), source=f"{folder} ({RECORD})")
-    weights = {pair.native: native_tensor(pair, kept, tokens) for pair in pairs}
+    vocab = file.parent / "vocab.json"
+    if read_json(vocab) != {token: row for row, token in enumerate(tokens.names)}:
+        raise ScfmError(f"{vocab}: is not what scfm exported; remove {RECORD} to read the folder as scGPT's alone")
+    kept = {name: tensor for name, tensor in state.items() if name not in record.added}
+    weights = {pair.native: native_tensor(pair, kept, tokens) for pair in pairs_of(files)}
     notes = [f"{RECORD} says what scfm exported here: this is that model again"]
-    return files, weights, Report(layout, parts_of(kept), numbers_in(kept), record.added, notes)
+    return files, weights, Report("flash", parts_of(kept), numbers_in(kept), record.added, notes)
 
 
 def parts_of(state: State) -> dict[str, int]:

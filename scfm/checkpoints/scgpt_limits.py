@@ -96,6 +96,11 @@ def notes(files: ModelFiles) -> list[str]:
     said = []
     if kind != "TransformerModel":
         said.append(f"the model is one for scgpt.model.{kind}")
+    if kind == "MultiOmicTransformerModel":
+        said.append(
+            "without flash-attn, scGPT's load_pretrained skips this model's attention weights in silence, unless you "
+            "set model.use_fast_transformer = False before"
+        )
     if model.attention == "generative":
         said.append("scGPT 0.2.4 attends in full: unknown genes act on known ones; its branch dev-temp is generative")
         if model.unknown_output_projection:

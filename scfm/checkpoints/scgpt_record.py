@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,18 @@ class Record:
     added: list[str]
 
 
-def write_record(folder: Path, record: Record) -> None:
-    """Write scfm.json, and cells.hash where the hashes of the training cells are known."""
+def write_record(folder: Path, record: Record, weights: Path) -> None:
+    """Write scfm.json, and cells.hash where the hashes of the training cells are known; `weights` is written already.
+
+    The digest of the weights ties the record to them: what it says of training is not true of weights trained since.
+    """
     files = record.files
     content: dict[str, Any] = {
         **as_plain(files),
         "vocabulary": [[gene.id, gene.ensembl, gene.symbol] for gene in files.vocabulary.entries],
         "native_of": record.native_of,
         "added": record.added,
+        "weights": digest(weights),
         "card": files.card,
     }
     (folder / RECORD).write_text(json.dumps(content), encoding="utf-8")
@@ -45,13 +50,24 @@ def write_record(folder: Path, record: Record) -> None:
         save_hashes(folder / "cells.hash", files.cell_hashes)
 
 
-def read_record(folder: Path) -> Record:
-    """Read what `write_record` wrote. Raises ScfmError where it is damaged or of another version."""
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_record(folder: Path, weights: Path) -> Record:
+    """Read what `write_record` wrote.
+
+    Raises:
+        ScfmError: it is damaged, of another version, or the weights have changed since.
+    """
     path = folder / RECORD
     content = read_json(path)
-    needed = {"config", "conditions", "training_data", "vocabulary", "native_of", "added", "card"}
+    needed = {"config", "conditions", "training_data", "vocabulary", "native_of", "added", "weights", "card"}
     if not needed <= content.keys():
         raise ScfmError(f"{path}: lacks {sorted(needed - content.keys())}; remove it to read the folder as scGPT's")
+    if digest(weights) != content["weights"]:
+        raise ScfmError(f"{weights}: is not what scfm exported; remove {RECORD} to read the folder as scGPT's alone")
     vocabulary = Vocabulary([Gene(*names) for names in content["vocabulary"]])
     files = from_plain(content, vocabulary, str(path))
     files.card = content["card"]

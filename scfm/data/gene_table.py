@@ -156,7 +156,7 @@ class GeneTable:
         named = []
         for gene, found in zip(genes, resolved, strict=True):
             known = self.genes[found.gene] if found and claims[found.gene] == 1 else None
-            named.append(Gene.of(known.ensembl, known.symbol) if known and known.ensembl and not gene.ensembl else gene)
+            named.append(Gene.of(known.ensembl, known.symbol) if known and not gene.ensembl else gene)
         return named
 
     def _named(self, name: str) -> Resolved | None:

@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, layout: Path, vocabulary: Path) -> None:
     described = json.loads(layout.read_text())
     torch.manual_seed(0)
     state = {}
-    for name, shape in described["keys"]:
+    for name, shape in described["keys"].items():
         fan_in = shape[-1]
         state[name] = torch.randn(shape) / fan_in**0.5 if len(shape) > 1 else torch.randn(shape) * 0.02
         if "norm" in name and name.endswith("weight"):

@@ -240,3 +240,12 @@ def test_tensors_that_are_no_scgpt_at_all() -> None:
     assert "model.layers.0.weight (2, 2)" in message
     with pytest.raises(ScfmError, match=r"args\.json has no embsize or d_model or layer_size, and the tensors"):
         to_native(state, {"nheads": 2}, VOCABULARY)
+
+
+def test_norms_of_another_kind_than_announced(case: Case) -> None:
+    state, args = case("plain_batchnorm")
+    message = refused(state, args | {"domain_spec_batchnorm": True})
+    assert "args.json says domain_spec_batchnorm True, the tensors have a batch norm" in message
+    state, args = case("batch_dsbn_zeroprob_dab")
+    message = refused(state, args | {"domain_spec_batchnorm": "batchnorm"})
+    assert "args.json says domain_spec_batchnorm 'batchnorm', the tensors have a domain norm" in message
