@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from scfm.checkpoints.scgpt_import import to_native
 from torch import Tensor
 
 from scfm.checkpoints.native import ModelFiles, load_weights
+from scfm.checkpoints.scgpt.reading import to_native
 from scfm.data.batch import PackedBatch
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.model import ScGPT

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from scfm.checkpoints.native import ModelFiles
-from scfm.checkpoints.scgpt_form import MODALITIES
-from scfm.checkpoints.scgpt_settings import modality_of
+from scfm.checkpoints.scgpt.form import MODALITIES
+from scfm.checkpoints.scgpt.settings import modality_of
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 

@@ -46,8 +46,8 @@ def convert(
         add_genes: Vocabulary file whose genes join the model's; they start from the mean gene embedding.
     """
     from scfm.checkpoints.native import write_model
-    from scfm.checkpoints.scgpt_export import to_scgpt, write_scgpt
-    from scfm.checkpoints.scgpt_import import read_scgpt
+    from scfm.checkpoints.scgpt.reading import read_scgpt
+    from scfm.checkpoints.scgpt.writing import to_scgpt, write_scgpt
 
     place, target = Path(source), Path(out)
     if target.exists() and (target.is_file() or any(target.iterdir())):

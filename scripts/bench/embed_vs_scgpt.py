@@ -30,8 +30,8 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
-from scfm.checkpoints.convert import convert
 
+from scfm.checkpoints.convert import convert
 from scfm.evaluation.provenance import provenance
 
 MAX_GENES = 1199
@@ -88,6 +88,7 @@ def scgpt_embed(folder: Path) -> Any:
     import scgpt.preprocess
     import scgpt.tasks.cell_emb as upstream
 
+    multiprocessing.set_start_method("fork", force=True)  # its loader's workers are started from a local class
     scgpt.preprocess._digitize = functools.partial(scgpt.preprocess._digitize, side="one")
     seconds: list[float] = []
     inner = upstream.get_batch_cell_embeddings

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from scfm.checkpoints.card import converted_card
 from scfm.checkpoints.native import ModelFiles, read_json
-from scfm.checkpoints.scgpt_files import read_args, read_state, weights_file
-from scfm.checkpoints.scgpt_form import FormReader
-from scfm.checkpoints.scgpt_names import FLAG, GENES, UNUSED, Pair, layout_of, pairs_of
-from scfm.checkpoints.scgpt_parts import announced, check_allowed, part_of
-from scfm.checkpoints.scgpt_record import RECORD, read_record
-from scfm.checkpoints.scgpt_report import Report
-from scfm.checkpoints.scgpt_settings import Preset, gene_tables, token_config
-from scfm.checkpoints.scgpt_strict import check
-from scfm.checkpoints.scgpt_tokens import Tokens, read_tokens
+from scfm.checkpoints.scgpt.files import read_args, read_state, weights_file
+from scfm.checkpoints.scgpt.form import FormReader
+from scfm.checkpoints.scgpt.names import FLAG, GENES, UNUSED, Pair, layout_of, pairs_of
+from scfm.checkpoints.scgpt.parts import announced, check_allowed, part_of
+from scfm.checkpoints.scgpt.record import RECORD, read_record
+from scfm.checkpoints.scgpt.report import Report
+from scfm.checkpoints.scgpt.settings import Preset, gene_tables, token_config
+from scfm.checkpoints.scgpt.strict import check
+from scfm.checkpoints.scgpt.tokens import Tokens, read_tokens
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 

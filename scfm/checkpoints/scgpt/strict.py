@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from scfm.checkpoints.scgpt_form import Form, Shapes
-from scfm.checkpoints.scgpt_names import GENES, Pair
-from scfm.checkpoints.scgpt_parts import PARTS, REQUIRED, part_of, said_by
+from scfm.checkpoints.scgpt.form import Form, Shapes
+from scfm.checkpoints.scgpt.names import GENES, Pair
+from scfm.checkpoints.scgpt.parts import PARTS, REQUIRED, part_of, said_by
 from scfm.errors import ScfmError
 
 LINEAR = "transformer_encoder.fast_transformer_encoder."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from scfm.checkpoints.native import ModelFiles
-from scfm.checkpoints.scgpt_form import PERTURBATIONS
+from scfm.checkpoints.scgpt.form import PERTURBATIONS
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from scfm.checkpoints.scgpt_form import MODALITIES, Form
+from scfm.checkpoints.scgpt.form import MODALITIES, Form
 from scfm.data.store import ValueKind
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Gene, Vocabulary

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from scfm.checkpoints.native import ModelFiles
-from scfm.checkpoints.scgpt_form import POOLING, QUERIES, SIZES
-from scfm.checkpoints.scgpt_limits import PERTURBATION
-from scfm.checkpoints.scgpt_parts import PARTS
+from scfm.checkpoints.scgpt.form import POOLING, QUERIES, SIZES
+from scfm.checkpoints.scgpt.limits import PERTURBATION
+from scfm.checkpoints.scgpt.parts import PARTS
 from scfm.model.heads import HeadSpec
 
 STYLES = {query: style for style, query in QUERIES.items()}

@@ -13,7 +13,7 @@ from scgpt_folders import case_parts, same
 from torch import Tensor
 
 from scfm.checkpoints.native import load_weights
-from scfm.checkpoints.scgpt_import import to_native
+from scfm.checkpoints.scgpt.reading import to_native
 from scfm.errors import ScfmError
 
 pytestmark = pytest.mark.golden

@@ -16,9 +16,9 @@ from scgpt_models import BATCHES, CLS, FORMS, GEP, GEPC, a_model
 from torch import Tensor
 
 from scfm.checkpoints.native import ModelFiles, as_plain
-from scfm.checkpoints.scgpt_export import to_scgpt, write_scgpt
-from scfm.checkpoints.scgpt_import import read_scgpt
-from scfm.checkpoints.scgpt_names import layout_of
+from scfm.checkpoints.scgpt.names import layout_of
+from scfm.checkpoints.scgpt.reading import read_scgpt
+from scfm.checkpoints.scgpt.writing import to_scgpt, write_scgpt
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec

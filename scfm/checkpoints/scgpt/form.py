@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from scfm.checkpoints.scgpt_names import FLAG, GENES
-from scfm.checkpoints.scgpt_parts import part_of
+from scfm.checkpoints.scgpt.names import FLAG, GENES
+from scfm.checkpoints.scgpt.parts import part_of
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec, Query
 from scfm.recipe import ModelConfig

@@ -14,8 +14,8 @@ import pytest
 import torch
 from scgpt_folders import TOKENS, same, write_folder
 
-from scfm.checkpoints.scgpt_import import read_scgpt
-from scfm.checkpoints.scgpt_tokens import read_tokens, token_names
+from scfm.checkpoints.scgpt.reading import read_scgpt
+from scfm.checkpoints.scgpt.tokens import read_tokens, token_names
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 

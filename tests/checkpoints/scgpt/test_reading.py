@@ -16,8 +16,8 @@ from scgpt_folders import case_parts, same, write_folder
 from torch import Tensor
 
 from scfm.checkpoints.native import load_weights
-from scfm.checkpoints.scgpt_import import read_scgpt, to_native
-from scfm.checkpoints.scgpt_names import layout_of, pairs_of
+from scfm.checkpoints.scgpt.names import layout_of, pairs_of
+from scfm.checkpoints.scgpt.reading import read_scgpt, to_native
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 

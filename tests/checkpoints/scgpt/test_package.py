@@ -21,12 +21,12 @@ from scgpt_models import FORMS, a_model
 from torch import Tensor
 
 from scfm.checkpoints.native import ModelFiles, load_weights
-from scfm.checkpoints.scgpt_export import to_scgpt, write_scgpt
-from scfm.checkpoints.scgpt_import import read_scgpt
-from scfm.checkpoints.scgpt_limits import scgpt_class
+from scfm.checkpoints.scgpt.limits import scgpt_class
+from scfm.checkpoints.scgpt.reading import read_scgpt
+from scfm.checkpoints.scgpt.writing import to_scgpt, write_scgpt
 from scfm.model import ScGPT
 
-SCRIPT = Path(__file__).parents[1] / "original_scgpt.py"
+SCRIPT = Path(__file__).parents[2] / "original_scgpt.py"
 EMBED = """
 import sys, anndata, torch
 from scgpt.tasks import embed_data

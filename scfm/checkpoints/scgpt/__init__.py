@@ -1,0 +1,1 @@
+"""Converter between scGPT checkpoints and native models."""
