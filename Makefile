@@ -1,15 +1,18 @@
-# Two commands: `make demo` and `make test`. Both create the virtual environment if it is absent.
+# `make demo`, `make test`, and `make parity`, which prints the errors beside scGPT. All create the virtual environment if it is absent.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint constraints clean
+.PHONY: demo test parity lint constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/scfm demo --out demo
 
-test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev lint $(VENV)/peers
+	SCFM_SCGPT="$(abspath $(VENV))/peers/scgpt" $(BIN)/python -m pytest
+
+parity: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/golden --parity
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -28,6 +31,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# Beside the released scGPT exports are tested; it stays out of the environment, whose packages it would hold back
+$(VENV)/peers: | $(BIN)/python
+	mkdir -p $@
+	$(BIN)/python -m pip install --quiet --no-deps scgpt==0.2.4 --target $@/scgpt || \
+		echo "scGPT 0.2.4 could not be installed: the tests beside it will be skipped"
 
 # Resolves the newest versions in a fresh environment and pins what came out
 constraints:

@@ -18,6 +18,9 @@ def shared() -> Path:
     return place
 
 
+MARKERS = ("golden", "realdata", "peer")  # counted in the closing lines
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", action="store_true", help="print the largest error of each stored scGPT case")
 
@@ -27,7 +30,7 @@ outcomes: Counter[tuple[str, str]] = Counter()
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        for marker in ("golden", "realdata"):
+        for marker in MARKERS:
             if marker in report.keywords:
                 outcomes[marker, "skipped" if report.outcome == "skipped" else "ran"] += 1
 
@@ -37,6 +40,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from scgpt_cases import parity_table
 
         terminalreporter.write_line(parity_table())
-    for marker in ("golden", "realdata"):
+    for marker in MARKERS:
         ran, skipped = outcomes[marker, "ran"], outcomes[marker, "skipped"]
         terminalreporter.write_line(f"{marker} tests: {ran} ran, {skipped} skipped")

@@ -26,6 +26,8 @@ from scfm.checkpoints.scgpt.reading import read_scgpt
 from scfm.checkpoints.scgpt.writing import to_scgpt, write_scgpt
 from scfm.model import ScGPT
 
+pytestmark = pytest.mark.peer
+
 SCRIPT = Path(__file__).parents[2] / "original_scgpt.py"
 EMBED = """
 import sys, anndata, torch
@@ -40,8 +42,8 @@ embedded.obsm["X_scGPT"].tofile(sys.argv[3])
 @pytest.fixture(scope="module")
 def original(shared: Path) -> dict[str, str]:
     """The environment in which Python finds scGPT."""
-    place = os.environ.get("SCFM_SCGPT")
-    if not place:
+    place = os.environ.get("SCFM_SCGPT", "")
+    if not Path(place, "scgpt").is_dir():
         pytest.skip("no scGPT: set SCFM_SCGPT to a folder made by pip install --no-deps scgpt==0.2.4 --target FOLDER")
     path = [place, str(shared / "prototypes/scgpt_shims")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
