@@ -76,7 +76,7 @@ class PretrainedModel:
             cells = torch.nn.functional.normalize(output.cell.float(), dim=-1).cpu().numpy()  # (N, D)
             embeddings[pack.cell_id.cpu().numpy()[real]] = cells[real]
         adata.obsm[EMBEDDING] = embeddings
-        adata.uns["scfm"] = self.provenance(adata, store, conditions)
+        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes)
         return adata
 
     def predict(
@@ -114,7 +114,7 @@ class PretrainedModel:
                 logits[head.task][rows] = output.predictions[head.task].float().cpu().numpy()[real]
         for head in heads:
             self.write_labels(adata, head, logits[head.task])
-        adata.uns["scfm"] = self.provenance(adata, store, conditions)
+        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes)
         return adata
 
     @staticmethod
@@ -233,7 +233,13 @@ class PretrainedModel:
             for pack in packs:
                 yield pack.to(self.device)
 
-    def provenance(self, adata: AnnData, store: CellStore, conditions: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+    def provenance(
+        self,
+        adata: AnnData,
+        store: CellStore,
+        conditions: dict[str, NDArray[np.int64]],
+        genes: GeneTable | None = None,
+    ) -> dict[str, Any]:
         """Return what `.uns["scfm"]` says of where the results came from."""
         present = np.unique(np.concatenate([np.unique(block.genes) for block in store.blocks]))
         return {
@@ -242,6 +248,7 @@ class PretrainedModel:
             "vocabulary_hash": self.files.vocabulary.hash,
             "genes_expressed_and_known": len(present),
             "genes_in_data": adata.n_vars,
+            "gene_tables": genes.files if genes else [],
             "values": store.value_kind,
             "cells_of_unknown_condition": {name: int((index < 0).sum()) for name, index in conditions.items()},
             "labels": {head.task: list(head.labels) for head in self.files.heads if head.labels},

@@ -165,3 +165,19 @@ def test_the_domain_of_a_cell_is_read_from_obs_and_an_unknown_one_is_counted(mod
     assert changed.tolist() == [False, True, True, False]
     del cells.obs["batch"]
     assert normed.embed(cells).uns["scfm"]["cells_of_unknown_condition"] == {"batch": 4}
+
+
+def test_embedding_through_a_table_of_genes_says_which(model: scfm.PretrainedModel, tmp_path: Path) -> None:
+    """Half of the genes bear old names: the table finds them, so that nothing changes."""
+    from scfm.data.gene_table import GeneTable
+
+    table = tmp_path / "hgnc.tsv"
+    rows = [f"ENSG{i:011}\tG{i:03}\tOLD{i}\t" for i in range(30)]
+    table.write_text("\n".join(["ensembl_gene_id\tsymbol\tprev_symbol\talias_symbol", *rows]) + "\n")
+    cells, renamed = made_up_cells(10, seed=6), made_up_cells(10, seed=6)
+    renamed.var_names = [f"OLD{i}" if i < 30 else name for i, name in enumerate(renamed.var_names)]
+    found = model.embed(renamed, genes=GeneTable.read([table]))
+    np.testing.assert_allclose(found.obsm["X_scfm"], model.embed(cells).obsm["X_scfm"], atol=1e-6)
+    assert found.uns["scfm"]["gene_tables"] == [str(table)]
+    found.write_h5ad(tmp_path / "embedded.h5ad")
+    assert list(anndata.read_h5ad(tmp_path / "embedded.h5ad").uns["scfm"]["gene_tables"]) == [str(table)]

@@ -65,9 +65,11 @@ class GeneTable:
 
     Args:
         tables: rows of each table, the most trusted first.
+        files: where they came from, for provenance.
     """
 
-    def __init__(self, tables: Iterable[Sequence[Row]]) -> None:
+    def __init__(self, tables: Iterable[Sequence[Row]], files: Sequence[str] = ()) -> None:
+        self.files = list(files)
         self.genes: list[KnownGene] = []
         self._of_id: dict[str, Resolved] = {}
         self._of_symbol: defaultdict[str, set[int]] = defaultdict(set)
@@ -81,7 +83,7 @@ class GeneTable:
     @classmethod
     def read(cls, paths: Sequence[str | Path]) -> GeneTable:
         """Read tables, the most trusted first; see `read_rows`. Raises ScfmError naming the file that is none."""
-        return cls([read_rows(Path(path)) for path in paths])
+        return cls([read_rows(Path(path)) for path in paths], [str(path) for path in paths])
 
     def resolve(self, ensembl: str | None, symbol: str | None) -> Resolved | None:
         """Return the gene that is meant: by an Ensembl id that the table knows, else by the symbol; None if by neither.

@@ -165,7 +165,10 @@ def prepare(
             for block, codes in progress.track(buckets.shards(), total=n_shards, description="writing shards"):
                 writer.write(block, codes)
             dealt.rmdir()
-            writer.finish([asdict(report) for report in reports], shuffled=not keep_order, seed=seed)
+            tables = table.files if table else []
+            writer.finish(
+                [asdict(report) for report in reports], shuffled=not keep_order, seed=seed, gene_tables=tables
+            )
     manifest = read_manifest(out)
     report = PreparedReport(
         out=out,

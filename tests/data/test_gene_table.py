@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 from scfm.data.gene_table import GeneTable, Kinship, Row, read_rows
 from scfm.data.genes import genes_of
 from scfm.data.prepare import prepare
+from scfm.data.shards import read_manifest
 from scfm.data.sources import store_from_anndata
 from scfm.data.vocabulary import SPECIALS, Gene, MatchedBy, Vocabulary
 from scfm.data.vocabulary_files import read_vocabulary
@@ -284,6 +285,7 @@ def test_sources_that_name_genes_by_id_by_symbol_and_by_old_name_share_entries(t
     sources = [tmp_path / f"{name}.h5ad" for name in ("by_id", "by_symbol")]
     report = prepare(sources, tmp_path / "out", genes=[tmp_path / "hgnc.tsv"])
     assert (report.genes, [source.genes_matched for source in report.sources]) == (2, [2, 2])
+    assert read_manifest(tmp_path / "out")["gene_tables"] == [str(tmp_path / "hgnc.tsv")]
     without = prepare(sources, tmp_path / "without")
     assert without.genes == 4
     # Two columns of one file stay two genes, whatever a table says.
