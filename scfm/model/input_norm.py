@@ -12,8 +12,9 @@ MOMENTUM = 0.1
 class InputNorm(nn.Module):
     """Subtracts the mean and divides by the standard deviation of a token's domain: (T, D) -> (T, D).
 
-    In training both come from the tokens of the pack, each domain's from its own; else from running averages, and a
-    token of an unknown domain (-1) gets those of all domains together. With one domain and `affine` this is a plain
+    In training both come from the tokens of the pack, each domain's from its own, or are given (`given`: mean and
+    variance of a whole global batch); else from running averages. A token of an unknown domain (-1) gets those of all
+    domains together. With one domain and `affine` this is a plain
     batch norm; without `affine` it is domain-specific batch norm as in scGPT (Chang et al., CVPR 2019).
 
     Args:
@@ -31,6 +32,7 @@ class InputNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(n_domains, width))
         self.register_buffer("running_var", torch.ones(n_domains, width))
         self.register_buffer("num_batches_tracked", torch.zeros(n_domains, dtype=torch.int64))
+        self.given: tuple[Tensor, Tensor] | None = None
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
@@ -43,7 +45,9 @@ class InputNorm(nn.Module):
             counted: (T,) how often each token counts in the statistics; 0 leaves it out.
         """
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var = self.statistics(exact, domain, counted) if self.training else (self.running_mean, self.running_var)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self.given or self.statistics(exact, domain, counted)
         # index -1 finds the last row: that of all domains together
         means = torch.cat([mean, mean.mean(0, keepdim=True)])
         variances = torch.cat([var, (var.mean(0) + mean.var(0, unbiased=False))[None]])
@@ -51,6 +55,14 @@ class InputNorm(nn.Module):
         if self.weight is not None and self.bias is not None:
             normed = normed * self.weight + self.bias
         return normed.to(x.dtype)
+
+    def learn(self, mean: Tensor, var: Tensor, total: Tensor, present: Tensor) -> None:
+        """Move the running averages of the domains that are present, (K,), by their statistics of `total` tokens."""
+        with torch.no_grad():
+            rate = MOMENTUM * present[:, None].to(mean.dtype)
+            self.running_mean.add_(rate * (mean - self.running_mean))
+            self.running_var.add_(rate * (var * total / (total - 1).clamp(min=1) - self.running_var))
+            self.num_batches_tracked.add_(present.long())
 
     def statistics(self, x: Tensor, domain: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each domain, (K, D) each: those of the pack where it holds the domain."""
@@ -66,12 +78,6 @@ class InputNorm(nn.Module):
         mean = average(x)
         var = average((x - mean[place]).square())
         present = total > 0
-        # a pass without a graph (the embeddings that losses between cells start from) repeats one that learns
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                unbiased = var * total / (total - 1).clamp(min=1)
-                rate = MOMENTUM * present.to(x.dtype)
-                self.running_mean.add_(rate * (mean - self.running_mean))
-                self.running_var.add_(rate * (unbiased - self.running_var))
-                self.num_batches_tracked.add_(present[:, 0].long())
+        if torch.is_grad_enabled():  # a pass without a graph repeats one that learns
+            self.learn(mean.detach(), var.detach(), total, present[:, 0])
         return torch.where(present, mean, self.running_mean), torch.where(present, var, self.running_var)

@@ -97,20 +97,33 @@ class Backbone(nn.Module):
 
     def embed(self, genes: Tensor, batch: PackedBatch, counted: Tensor | None, cell_prompt: Tensor | None) -> Tensor:
         """Return the input of the first block, (T, D), from the gene embeddings (T, D)."""
+        x = self.joined(genes, batch)
+        if self.input_norm is not None:
+            x = self.input_norm(x, *self.domains(batch, counted))
+        if cell_prompt is not None:
+            x = x.index_copy(0, batch.cu_seqlens[:-1].long(), cell_prompt.to(x.dtype))
+        return x
+
+    def before_norm(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the input norm takes: tokens (T, D), their domains (T,), and (T,) bool which of them count."""
+        return self.joined(self.gene_embedding(batch.genes), batch), *self.domains(batch, None)
+
+    def domains(self, batch: PackedBatch, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the domain of each token, (T,), and how often it counts, (T,): once, but for pseudo-cells."""
+        domain = torch.zeros_like(batch.cell_id)  # (N,)
+        if self.config.domain:
+            domain = batch.cell_conditions[self.config.domain]
+            domain = domain[:1].expand_as(domain) if self.config.padded_batches else domain
+        real = batch.real_cells[batch.cell_of_token]
+        return domain[batch.cell_of_token], real if counted is None else counted
+
+    def joined(self, genes: Tensor, batch: PackedBatch) -> Tensor:
+        """Return genes, values and conditions in one, (T, D), from the gene embeddings (T, D)."""
         x = self.value_encoder(genes, batch)
         if self.config.attention == "generative":
             x = torch.where(batch.unknown_mask[:, None], genes + self.unknown_flag, x)
         for name, condition in self.gene_conditions.items():
             x = x + condition(batch.gene_conditions[name])
-        if self.input_norm is not None:
-            domain = torch.zeros_like(batch.cell_id)  # (N,)
-            if self.config.domain:
-                domain = batch.cell_conditions[self.config.domain]
-                domain = domain[:1].expand_as(domain) if self.config.padded_batches else domain
-            real = batch.real_cells[batch.cell_of_token]
-            x = self.input_norm(x, domain[batch.cell_of_token], real if counted is None else counted)
-        if cell_prompt is not None:
-            x = x.index_copy(0, batch.cu_seqlens[:-1].long(), cell_prompt.to(x.dtype))
         return x
 
     def pool(self, tokens: Tensor, batch: PackedBatch, counted: Tensor | None) -> Tensor:
@@ -214,7 +227,7 @@ class ScGPT(nn.Module):
     def read_tokens(self, spec: HeadSpec, head: nn.Module, tokens: Tensor, batch: PackedBatch) -> Values:
         """Predict the values of the unknown genes from their tokens."""
         where = batch.predicted  # (U,)
-        read = joined(tokens.index_select(0, where), self.backbone.conditions(batch, where))  # (U, in)
+        read = with_condition(tokens.index_select(0, where), self.backbone.conditions(batch, where))  # (U, in)
         if not spec.affine:
             return head(read)
         inputs = batch.values.to(read.dtype)
@@ -229,10 +242,10 @@ class ScGPT(nn.Module):
         where = batch.predicted  # (U,)
         query = genes.index_select(0, where)
         if spec.query_reads_conditions:
-            query = joined(query, self.backbone.conditions(batch, where))
+            query = with_condition(query, self.backbone.conditions(batch, where))
         of_cells = self.backbone.conditions(batch, batch.cu_seqlens[:-1].long())  # (N, D)
-        return head(query, joined(cells, of_cells), batch.cell_of_token[where])
+        return head(query, with_condition(cells, of_cells), batch.cell_of_token[where])
 
 
-def joined(x: Tensor, condition: Tensor | None) -> Tensor:
+def with_condition(x: Tensor, condition: Tensor | None) -> Tensor:
     return x if condition is None else torch.cat([x, condition], -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
-from scfm.model.scgpt import ModelOutput
+from scfm.model.scgpt import Backbone, ModelOutput
 from scfm.objectives import Objective
 from scfm.recipe import OptimizerConfig
+from scfm.training.norms import GlobalNorm
 from scfm.training.optimizers import build_optimizer, build_schedule
 
 Metrics = dict[str, Tensor]
@@ -68,23 +70,63 @@ class FoundationModule(L.LightningModule):
         assert isinstance(schedule, LRScheduler)
         optimizer.zero_grad(set_to_none=True)
         active = [objective for objective in self.objectives if self.global_step >= objective.start_step]
-        metrics, pulls = self.global_losses(packs, active)
+        norms = self.measure_norms(packs, active)
+        metrics, pulls = self.global_losses(packs, active, norms)
         for index, pack in enumerate(packs):
-            with self.synchronising(index == len(packs) - 1):
-                self.seed_dropout(index)
-                output = self.network(pack)
+            last = index == len(packs) - 1 and not norms
+            with self.synchronising(last):
+                output = self.look(pack, index, norms)
                 loss, pack_metrics = self.pack_losses(pack, output, active)
                 for view, pull in enumerate(pulls):
                     if view > 0:
-                        self.seed_dropout(index, view)
-                        output = self.network(pack)
+                        output = self.look(pack, index, norms, view)
                     loss = loss + (output.cell * pull[index]).sum()
                 # DDP averages gradients over the ranks; the losses are shares of a global mean and must be summed
-                self.manual_backward(loss * self.trainer.world_size)
+                loss = loss * self.trainer.world_size
+                if last and len(active) < len(self.objectives):
+                    loss = loss + self.nothing_of_everything()
+                self.manual_backward(loss)
             add(metrics, pack_metrics)
+        self.pull_norms(norms)
         optimizer.step()
         schedule.step()
         self.step_metrics = metrics
+
+    def look(self, pack: PackedBatch, index: int, norms: Sequence[GlobalNorm], view: int = 0) -> ModelOutput:
+        """Pass a pack through the network with the dropout and the norms of a view."""
+        self.seed_dropout(index, view)
+        if norms:
+            norms[view].norm.given = norms[view].mean, norms[view].var
+        return self.network(pack)
+
+    def measure_norms(self, packs: list[PackedBatch], objectives: Sequence[Objective]) -> list[GlobalNorm]:
+        """Measure what an input norm needs of the global batch, for each view of the cells; nothing without a norm."""
+        backbone = getattr(self.network, "backbone", None)
+        if not isinstance(backbone, Backbone) or backbone.input_norm is None or backbone.config.padded_batches:
+            return []
+        views = max([objective.views for objective in objectives if objective.scope == "global"], default=1)
+        norms = [GlobalNorm(backbone, packs, partial(self.seed_dropout, view=view)) for view in range(views)]
+        torch.clear_autocast_cache()
+        return norms
+
+    def pull_norms(self, norms: Sequence[GlobalNorm]) -> None:
+        """Hand down the gradient at the statistics of an input norm, and let it learn them; synchronises gradients."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 1.0  # the gradient at hand has been scaled already
+        for view, norm in enumerate(norms):
+            norm.gather_gradient()
+            for index in range(len(norm.packs)):
+                last = view == len(norms) - 1 and index == len(norm.packs) - 1
+                with self.synchronising(last):
+                    loss = norm.pull(index) / scale
+                    self.manual_backward(loss + self.nothing_of_everything() if last else loss)
+        if norms:
+            norms[0].learn()
+            norms[0].norm.given = None
+
+    def nothing_of_everything(self) -> Tensor:
+        """Return a zero that depends on every parameter: the backward that synchronises has to reach them all."""
+        return torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum() * 0.0
 
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
         """Let only the last pack's backward synchronise gradients over the ranks."""
@@ -92,7 +134,7 @@ class FoundationModule(L.LightningModule):
         return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
 
     def validation_step(self, packs: list[PackedBatch], batch_idx: int) -> None:
-        metrics, _ = self.global_losses(packs, self.objectives)
+        metrics, _ = self.global_losses(packs, self.objectives, [])
         for pack in packs:
             add(metrics, self.pack_losses(pack, self.network(pack), self.objectives)[1])
         n_cells = packs[0].total_cells
@@ -126,7 +168,7 @@ class FoundationModule(L.LightningModule):
         return total, metrics
 
     def global_losses(
-        self, packs: list[PackedBatch], objectives: Sequence[Objective]
+        self, packs: list[PackedBatch], objectives: Sequence[Objective], norms: Sequence[GlobalNorm]
     ) -> tuple[Metrics, list[list[Tensor]]]:
         """Return the losses over all cells of the global batch, and their gradient at each pack's cell embeddings.
 
@@ -143,8 +185,7 @@ class FoundationModule(L.LightningModule):
             for view in range(max(objective.views for objective in terms)):
                 cells = []
                 for index, pack in enumerate(packs):
-                    self.seed_dropout(index, view)
-                    cells.append(self.network(pack).cell)
+                    cells.append(self.look(pack, index, norms, view).cell)
                 views.append(torch.cat(cells).float())  # (N of this rank, D)
         # autocast caches its casts of the weights; those made without a graph must not serve the pass with one
         torch.clear_autocast_cache()

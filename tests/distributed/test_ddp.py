@@ -30,19 +30,31 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+DOMAINS = {"input_norm": "domain", "domain": "batch", "cell_conditions": ["batch"]}
+
+
 @pytest.mark.parametrize(
-    "objectives",
+    ("objectives", "model"),
     [
-        [{"name": "gep"}, {"name": "gepc"}, {"name": "cell_prompt", "start_step": 3}],
-        [{"name": "gep", "loss": "cross_entropy"}, {"name": "ecs", "weight": 10.0}],
+        ([{"name": "gep"}, {"name": "gepc"}, {"name": "cell_prompt", "start_step": 3}], {}),
+        ([{"name": "gep", "loss": "cross_entropy"}, {"name": "ecs", "weight": 10.0}], {}),
+        (
+            [
+                {"name": "gep", "nonzero": True},
+                {"name": "gepc", "nonzero": True, "start_step": 2},
+                {"name": "dar", "condition": "batch", "start_step": 3},
+                {"name": "cce"},
+            ],
+            DOMAINS,
+        ),
     ],
-    ids=["pretraining", "with-ecs"],
+    ids=["pretraining", "with-ecs", "with-domains"],
 )
 @pytest.mark.parametrize("tokens_per_pack", [60, 5000], ids=["many-packs", "one-pack-each"])
 def test_two_processes_equal_one(
-    shards: Path, tmp_path: Path, objectives: list[dict[str, object]], tokens_per_pack: int
+    shards: Path, tmp_path: Path, objectives: list[dict[str, object]], model: dict[str, object], tokens_per_pack: int
 ) -> None:
-    common = {"objectives": objectives, "model": {"dropout": 0.0}, "optimizer": SMOOTH}
+    common = {"objectives": objectives, "model": {"dropout": 0.0} | model, "optimizer": SMOOTH}
     data = {"tokens_per_pack": tokens_per_pack}
     two = {"devices": 2, "strategy": "ddp_fork", "log_every_n_steps": 1}
     one = tiny_recipe(shards, tmp_path / "one", **common, data=data, trainer={"log_every_n_steps": 1})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -12,6 +15,8 @@ from runs import tiny_recipe, write_shards
 from torch import Tensor
 
 from scfm.checkpoints.native import ModelFiles, read_weights
+from scfm.data.loader import PackLoader
+from scfm.data.order import CellOrder
 from scfm.data.shards import open_shards
 from scfm.data.tokens import Tokeniser
 from scfm.model.scgpt import ScGPT
@@ -143,9 +148,61 @@ def test_losses_between_cells_are_pulled_through_packs_exactly(name: str) -> Non
 
     module = FoundationModule(Fixed(), [objective], OptimizerConfig())
     module._trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    _, pulls = module.global_losses([Pack(0), Pack(1)], [objective])  # type: ignore[list-item]
+    _, pulls = module.global_losses([Pack(0), Pack(1)], [objective], [])  # type: ignore[list-item]
     for pull, gradient in zip([pull for view in pulls for pull in view], expected, strict=True):
         torch.testing.assert_close(pull.double(), gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [{"input_norm": "batch"}, {"input_norm": "domain", "domain": "batch"}])
+def test_input_norms_train_alike_in_any_packs(shards: Path, tmp_path: Path, norm: dict[str, str]) -> None:
+    """Statistics and their gradient join the whole global batch; without dropout, packs make no difference."""
+    objectives = [{"name": "gep"}, {"name": "gepc"}, {"name": "cell_prompt"}, {"name": "cce"}]
+    runs = []
+    for tokens_per_pack in (60, 5000):
+        recipe = tiny_recipe(
+            shards,
+            tmp_path / str(tokens_per_pack),
+            objectives=objectives,
+            model={"dropout": 0.0, **norm},
+            data={"tokens_per_pack": tokens_per_pack},
+            optimizer={"eps": 1e-2},
+        )
+        runs.append(read_weights(pretrain(recipe)))
+    assert runs[0].keys() == runs[1].keys()
+    assert runs[0]["backbone.input_norm.num_batches_tracked"].max() == 6
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(tensor, runs[1][name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_given_statistics_have_the_gradient_of_their_own(shards: Path) -> None:
+    """One pack through the module is one pack through the network, whose norm measures for itself."""
+    quieten()
+    recipe = tiny_recipe(shards, Path("unused"), model={"dropout": 0.0, "input_norm": "domain", "domain": "batch"})
+    recipe = replace(recipe, objectives=recipe.objectives[:2])
+    store = open_shards(shards)
+    objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins)
+    heads = [head for objective in objectives for head in objective.heads()]
+    names = {"batch": ["batch0", "batch1"]}
+    files = ModelFiles(recipe.model, token_config(recipe), "counts", store.vocabulary, heads, cell_conditions=names)
+    torch.manual_seed(0)
+    plain = files.build().double().train()
+    codes = {"batch": np.asarray(store.obs["batch"].codes, np.int64)}
+    loader = PackLoader(
+        store, CellOrder(range(120), 24, seed=0), files.tokeniser(), tokens_per_pack=5000, cell_conditions=codes
+    )
+    (pack,) = next(loader.batches(epoch=0))
+    own = deepcopy(plain)
+    sum(objective.loss(pack, output)[0] for output in [own(pack)] for objective in objectives).backward()
+    module = FoundationModule(plain, objectives, OptimizerConfig())
+    module._trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
+    norms = module.measure_norms([pack], objectives)
+    module.pack_losses(pack, module.look(pack, 0, norms), objectives)[0].backward()
+    module.pull_norms(norms)
+    for (name, ours), theirs in zip(plain.named_parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=name)
+    for (name, ours), theirs in zip(plain.named_buffers(), own.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_the_network_is_plain_torch() -> None:
