@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scgpt_cases import OTHERWISE
 
 from scfm.data.vocabulary_files import SCGPT_SPECIALS, read_vocabulary, scgpt_order, scgpt_tokens, vocabulary_of_tokens
 from scfm.errors import ScfmError
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.golden
 
 @pytest.fixture(scope="module")
 def rules(shared: Path) -> dict[str, Any]:
+    OTHERWISE["gene_vocab"] = "exact"
     return json.loads((shared / "golden/scgpt/gene_vocab/config.json").read_text())
 
 
