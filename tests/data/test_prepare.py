@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         prepare([path], tmp_path / f"out{n}", cells_per_shard=400)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # obs codes and hashes, about 25 bytes per further cell, where its values are 800 (a ratio of the peaks wavers by 5 %)
+    # obs codes and hashes: about 25 bytes per further cell, whose values are 800; a ratio of the peaks wavers by 5 %
     assert peaks[1] - peaks[0] < 6_000 * 60
     assert peaks[1] < path.stat().st_size / 5
 
