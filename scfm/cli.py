@@ -70,14 +70,15 @@ def run(verb: str, arguments: Sequence[str]) -> bool:
         return True
     action = function(place)
     parser, first = verb_parser(f"scfm {verb}", what, action)
-    values = vars(parser.parse_args(list(arguments)))
+    values = vars(parser.parse_args([dashed(argument) for argument in arguments]))
     return action(*([values.pop(first)] if first else []), **values) is not False
 
 
 def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[ArgumentParser, str | None]:
     """Return a parser made from a function's signature, and the name of its positional argument.
 
-    A first parameter without a default is the positional one (several values where it is a list), others are options.
+    A first parameter without a default is the positional one (several values where it is a list), others are options;
+    one that is False unless given is a flag.
     """
     from jsonargparse import ArgumentParser
 
@@ -86,19 +87,29 @@ def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[Ar
     parameters = signature(action).parameters
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     first = required[0] if required and required[0] == next(iter(parameters)) else None
-    {name for name in parameters if get_origin(hints[name]) in (list, Sequence)}
-    skip: set[str | int] = {first} if first else set()
-    for name in parameters:
+    for name, parameter in parameters.items():
         options: dict[str, Any] = {"type": hints[name], "help": helps.get(name, "")}
         if get_origin(hints[name]) in (list, Sequence):  # written as a shell writes them: --obs cell_type batch
             options |= {"type": get_args(hints[name])[0], "nargs": "+"}
-            if name not in required:
-                options["default"] = list(parameters[name].default)
-            skip.add(name)
-        if name in skip:
-            parser.add_argument(name if name == first else f"--{name}", **options)
-    parser.add_function_arguments(action, skip=skip, as_positional=False)
+        if name == first:
+            parser.add_argument(name, **options)
+            continue
+        if parameter.default is False:
+            options = {"action": "store_true", "help": options["help"]}
+        elif name in required:
+            options["required"] = True
+        else:
+            options["default"] = list(parameter.default) if "nargs" in options else parameter.default
+        parser.add_argument(dashed(f"--{name}"), **options)
     return parser, first
+
+
+def dashed(argument: str) -> str:
+    """Return an option with dashes in its name, as options are named here; both spellings are taken."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def described(action: Callable[..., Any]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from cells import write_cells
 
-from scfm.cli import VERBS, function, main, verb_parser
+from scfm.cli import RECIPE_VERBS, VERBS, function, main, verb_parser
 from scfm.version import __version__
 
 
@@ -72,3 +74,27 @@ def test_loading_a_model_needs_no_training_library() -> None:
     code = f"import sys, scfm; scfm.load; print([name for name in {heavy.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_options_have_dashes_and_take_underscores(tmp_path: Path) -> None:
+    cells = write_cells(tmp_path / "cells.h5ad", n=6)
+    for out, keep, size in (("a", "--keep-order", "--cells-per-shard"), ("b", "--keep_order", "--cells_per_shard=3")):
+        sized = [size] if "=" in size else [size, "3"]
+        assert main(["prepare", str(cells), "--out", str(tmp_path / out), keep, *sized]) == 0
+        manifest = json.loads((tmp_path / out / "manifest.json").read_text())
+        assert (manifest["shuffled"], len(manifest["shards"])) == (False, 2)
+
+
+def test_options_that_messages_name_exist() -> None:
+    """Whatever option an error message or a page tells the user to pass, some verb takes it."""
+    root = Path(__file__).parents[1]
+    taken = {"--config", "--resume", "--out", "--from", "--seed", "--trainable", "--task", "--objectives"}
+    for verb, (place, what) in VERBS.items():
+        if verb not in RECIPE_VERBS:
+            parser, _ = verb_parser(verb, what, function(place))
+            taken |= {option for action in parser._actions for option in action.option_strings}
+    others = {"page.py", "provenance.py"}  # style sheets and git have options of their own
+    pages = [path for path in root.glob("scfm/**/*.py") if path.name not in others]
+    text = "\n".join(path.read_text() for path in [*pages, root / "README.md", *root.glob("docs/**/*.md")])
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w.-])", text))
+    assert named - taken == {"--version", "--parity"} & named

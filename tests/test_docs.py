@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scfm.cli import RECIPE_VERBS, VERBS, function, verb_parser
+from scfm.cli import RECIPE_VERBS, VERBS, dashed, function, verb_parser
 from scfm.recipe_reader import parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     parser, _ = verb_parser(f"scfm {verb}", what, function(place))
     parser.exit_on_error = False
-    parser.parse_args(arguments)
+    parser.parse_args([dashed(argument) for argument in arguments])
 
 
 def test_python_blocks_are_python() -> None:

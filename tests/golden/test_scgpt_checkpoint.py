@@ -48,7 +48,7 @@ def test_checkpoint_tiny_predicts_what_the_original_does(shared: Path, native: P
 @pytest.mark.parametrize(
     ("cells", "options", "stored", "name"),
     [
-        ("cells", ["--accept_normalised", "true"], "expected_embed_data", "cell_embeddings_unit_norm"),
+        ("cells", ["--accept-normalised"], "expected_embed_data", "cell_embeddings_unit_norm"),
         ("cells_counts", [], "expected_embed_counts", "cell_embeddings_unit_norm_left"),
     ],
 )
