@@ -166,6 +166,8 @@ def generate_anndata(
     from anndata import AnnData
 
     check_head(model.network)
+    if start not in ("genes", "cell"):
+        raise ScfmError(f"start: {start!r} is neither `genes` nor `cell`")
     store, conditions = model.store(prompt), model.conditions_of(prompt)
     asked = asked_genes(model, prompt, genes)
     tokens = model.files.tokens

@@ -273,6 +273,8 @@ def test_all_genes_of_the_prompt_unless_named_and_unknown_names_are_refused(mode
     assert sorted(everything.var_names) == sorted(cells.var_names)
     with pytest.raises(ScfmError, match=r"not in the model's vocabulary: \['MISSING'\]"):
         model.generate(cells, ["G001", "MISSING"], steps=1)
+    with pytest.raises(ScfmError, match="neither `genes` nor `cell`"):
+        model.generate(cells, steps=1, start="embedding")  # type: ignore[arg-type]
     with pytest.raises(ScfmError, match="stands there twice"):
         model.generate(cells, ["G001", "G001"], steps=1)
 
