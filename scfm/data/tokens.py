@@ -20,7 +20,7 @@ from scfm.data.store import CellBlock, CellStore, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
-Specials = tuple[int, int, float, float]  # number of genes, id of <cls>, its value, the value that hides
+Specials = tuple[int, float, float]  # id of <cls>, its value, the value that hides
 Plans = tuple[NDArray, NDArray, NDArray, NDArray]  # per cell: first token, tokens, unknown genes, stream of draws
 Scratch = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
 
@@ -115,8 +115,8 @@ class Tokeniser:
         config = self.config
         tie_streams = _streams(keys, config.seed, epoch, TIES)
         choice_streams = _streams(keys, config.seed, epoch, CHOICE)
-        specials = (self.vocabulary.n_genes, self.vocabulary.cls, config.cls_value, config.mask_value)
-        write = _write_all if config.genes == "all" else _write_expressed
+        specials = (self.vocabulary.cls, config.cls_value, config.mask_value)
+        every_gene = np.arange(self.vocabulary.n_genes if config.genes == "all" else 0)
         for block, cells, places in _by_block(store, rows):
             sizes = block.offsets[places + 1] - block.offsets[places]
             plans = (starts[cells], lengths[cells], n_unknown[cells], choice_streams[cells])
@@ -125,7 +125,8 @@ class Tokeniser:
             else:
                 read_starts = np.cumsum(sizes, dtype=np.int64) - sizes
                 read = self._bins(block, places, tie_streams[cells], read_starts, sizes.sum())
-            write(block.offsets, block.genes, places, read_starts, read, plans, specials, genes, values, targets)
+            at = (block.offsets, block.genes, places)
+            _write(*at, read_starts, read, every_gene, plans, specials, genes, values, targets)
 
     def _bins(
         self,
@@ -229,7 +230,7 @@ def _write_cell(
     targets: NDArray,
 ) -> None:
     """Fill the tokens of one cell: `<cls>`, then a random part of the genes as known, and another as unknown."""
-    _, cls, cls_value, mask_value = specials
+    cls, cls_value, mask_value = specials
     chances, first, second = scratch
     genes[0], values[0], targets[0] = cls, cls_value, cls_value
     known = len(genes) - 1 - unknown
@@ -248,53 +249,32 @@ def _write_cell(
 
 
 @njit(nogil=True, cache=True)
-def _write_expressed(
+def _write(
     offsets: NDArray,
     ids: NDArray,
     rows: NDArray,
     read_starts: NDArray,
     read: NDArray,
+    every_gene: NDArray,
     plans: Plans,
     specials: Specials,
     genes: NDArray,
     values: NDArray,
     targets: NDArray,
 ) -> None:
-    """Write cells from their expressed genes."""
+    """Write cells from their expressed genes, or from `every_gene` where it has any; what is not expressed is 0."""
     starts, lengths, n_unknown, streams = plans
-    scratch = _scratch((offsets[rows + 1] - offsets[rows]).max(), lengths.max())
+    scratch = _scratch(max((offsets[rows + 1] - offsets[rows]).max(), len(every_gene)), lengths.max())
+    every_value = np.empty(len(every_gene), read.dtype)
     for i in range(len(rows)):
-        row = slice(offsets[rows[i]], offsets[rows[i] + 1])
-        row_values = read[read_starts[i] : read_starts[i] + (row.stop - row.start)]
+        row_ids = ids[offsets[rows[i]] : offsets[rows[i] + 1]]
+        row = read[read_starts[i] : read_starts[i] + len(row_ids)]
         out = slice(starts[i], starts[i] + lengths[i])
-        _write_cell(
-            ids[row], row_values, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
-        )
-
-
-@njit(nogil=True, cache=True)
-def _write_all(
-    offsets: NDArray,
-    ids: NDArray,
-    rows: NDArray,
-    read_starts: NDArray,
-    read: NDArray,
-    plans: Plans,
-    specials: Specials,
-    genes: NDArray,
-    values: NDArray,
-    targets: NDArray,
-) -> None:
-    """Write cells from every gene of the vocabulary; what is not expressed is in bin 0."""
-    starts, lengths, n_unknown, streams = plans
-    scratch = _scratch(specials[0], lengths.max())
-    every_gene = np.arange(specials[0])
-    every_value = np.empty(specials[0], read.dtype)
-    for i in range(len(rows)):
-        every_value[:] = 0
-        for t, place in enumerate(range(offsets[rows[i]], offsets[rows[i] + 1])):
-            every_value[ids[place]] = read[read_starts[i] + t]
-        out = slice(starts[i], starts[i] + lengths[i])
-        _write_cell(
-            every_gene, every_value, n_unknown[i], streams[i], specials, scratch, genes[out], values[out], targets[out]
-        )
+        to = genes[out], values[out], targets[out]
+        if len(every_gene):
+            every_value[:] = 0
+            for t in range(len(row)):
+                every_value[row_ids[t]] = row[t]
+            _write_cell(every_gene, every_value, n_unknown[i], streams[i], specials, scratch, *to)
+        else:
+            _write_cell(row_ids, row, n_unknown[i], streams[i], specials, scratch, *to)

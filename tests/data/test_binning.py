@@ -40,9 +40,10 @@ def test_counts_fall_where_numpy_puts_them(counts: np.ndarray, n_bins: int) -> N
     assert bins_of(counts, n_bins).tolist() == limits_of(counts, n_bins)[1].tolist()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 50, 51, 1500])
-def test_reals_fall_where_numpy_puts_them(size: int) -> None:
-    row = np.random.default_rng(size).lognormal(size=size).astype(np.float32)
+@pytest.mark.parametrize("size", [1, 2, 3, 50, 51, 1500, 70_000])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_reals_fall_where_numpy_puts_them(size: int, shift: int) -> None:
+    row = np.random.default_rng(size).lognormal(size=size).astype(np.float32) - np.float32(shift)  # 1: both signs
     assert bins_of(row, 51).tolist() == limits_of(row, 51)[1].tolist()
 
 

@@ -14,7 +14,7 @@ from scfm.data.vocabulary import Gene, Vocabulary
 VOCABULARY = Vocabulary.from_genes(Gene.of(None, f"G{i:02d}") for i in range(40))
 
 counts = st.one_of(st.integers(1, 5), st.integers(1, 300), st.integers(1, 2**32 - 1))
-reals = st.floats(0.015625, 1000, width=32)
+reals = st.floats(-1000, 1000, width=32)  # a store holds no negative ones, but their order is no other
 cells = st.lists(st.dictionaries(st.integers(0, 39), counts, max_size=40), min_size=1, max_size=6)
 
 

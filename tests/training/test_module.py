@@ -209,8 +209,14 @@ def test_the_network_is_plain_torch() -> None:
     assert not issubclass(ScGPT, L.LightningModule)
 
 
-def test_under_a_gradient_scaler_true_gradients_are_clipped(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16-mixed multiplies the loss by a large factor; what is clipped must be the gradients without it."""
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_under_a_gradient_scaler_true_gradients_are_clipped(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    """16-mixed multiplies the loss by a large factor; what is clipped must be the gradients without it.
+
+    So must be the part of the gradient that an input norm hands down in a backward of its own.
+    """
     norms: dict[str, list[float]] = {"32": [], "16-mixed": []}
     clip = FoundationModule.on_before_optimizer_step
 
@@ -220,7 +226,8 @@ def test_under_a_gradient_scaler_true_gradients_are_clipped(shards: Path, monkey
         clip(module, optimizer)
 
     monkeypatch.setattr(FoundationModule, "on_before_optimizer_step", watch)
-    recipe = tiny_recipe(shards, Path("unused"), model={"dropout": 0.0}, optimizer={"lr": 1e-3, "clip": 0.25})
+    form = {"dropout": 0.0, "input_norm": norm}
+    recipe = tiny_recipe(shards, Path("unused"), model=form, optimizer={"lr": 1e-3, "clip": 0.25})
     store = open_shards(shards)
     for scaled in (False, True):
         objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins)
