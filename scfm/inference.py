@@ -31,7 +31,7 @@ def embed(
         model: Model directory.
         out: h5ad file to write; must not exist.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
-        accept_normalised: Take values that are not counts, of which only the order within a cell is used.
+        accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
@@ -55,7 +55,7 @@ def predict(
         model: Model directory with a head that predicts labels.
         out: h5ad file to write; must not exist.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
-        accept_normalised: Take values that are not counts, of which only the order within a cell is used.
+        accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}

@@ -62,7 +62,7 @@ class PretrainedModel:
         Args:
             adata: raw counts in `raw.X`, else `X` (normalised values where the model was trained on such).
             tokens_per_pack: most tokens in one forward pass; bounds the memory.
-            accept_normalised: take values that are not counts, of which only the order within a cell is used.
+            accept_normalised: take values that are not counts; bins keep only their order within a cell.
             genes: table by which more names are matched, `GeneTable.read(["hgnc_complete_set.tsv"])`.
 
         Raises:

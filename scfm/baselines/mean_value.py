@@ -16,7 +16,7 @@ PREFIX = "baseline/"
 
 
 def mean_value_losses(data: CellDataModule, n_genes: int) -> dict[str, float]:
-    """Return the mean squared error, in bins, of two predictions of the unknown genes of the validation cells.
+    """Return the mean squared error, in the targets' units squared, of two predictions of the validation cells' unknown genes.
 
     `global mean` predicts one number, the mean training target; `gene mean` predicts each gene's mean training target
     (the global mean where a gene was never seen). Means are taken over at most 100 global batches of training cells.

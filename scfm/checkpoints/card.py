@@ -50,7 +50,7 @@ def model_card(
         "|---|---|",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
         f"| attention | {model.attention} |",
-        f"| values | {files.value_kind}, {tokens.n_bins} quantile bins per cell, {model.value_encoder} encoder |",
+        f"| values | {values_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary, at most {tokens.max_genes:,} per cell |",
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
@@ -71,6 +71,12 @@ def model_card(
     if labels := labels_of(files):
         lines += ["## Labels", "", ", ".join(labels), ""]
     return "\n".join(lines)
+
+
+def values_of(files: ModelFiles) -> str:
+    """Return in words what a gene's value is and how the model reads it."""
+    binned = f"{files.tokens.n_bins} quantile bins per cell" if files.tokens.values == "binned" else "as they are"
+    return f"{files.value_kind}, {binned}, {files.model.value_encoder} encoder"
 
 
 def converted_card(files: ModelFiles, report: Report) -> str:
@@ -103,7 +109,7 @@ def converted_card(files: ModelFiles, report: Report) -> str:
         f"| tensors | {report.n_tensors}, layout {report.layout} |",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
         f"| attention | {model.attention} |",
-        f"| values | {files.value_kind}, {tokens.n_bins} bins, {model.value_encoder} encoder |",
+        f"| values | {values_of(files)} |",
         f"| tokens | preset {converted['preset']}: `<cls>` has the value {tokens.cls_value:g}, at most "
         f"{tokens.max_genes:,} genes per cell, ties {tokens.tie_policy} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary |",

@@ -176,8 +176,8 @@ class Source(ABC):
         looks = "log-normalised" if largest < LOG_NORMALISED_BELOW else "normalised, but not log-transformed"
         return (
             f", but raw counts are whole numbers. The values look {looks} (fractions, the largest {largest:.4g} here). "
-            f"{place}, or pass --accept-normalised (in Python accept_normalised=True): then only the order of the "
-            "genes within a cell is used"
+            f"{place}, or pass --accept-normalised (in Python accept_normalised=True): binned "
+            "values keep only the order of the genes within a cell"
         )
 
 

@@ -57,7 +57,7 @@ class Tokeniser:
     Args:
         config: how cells become tokens.
         vocabulary: what the gene ids mean.
-        value_kind: raw counts, which are binned by counting, or normalised values, of which the order is used.
+        value_kind: raw counts, which are binned by counting, or normalised values.
         gene_conditions: name -> (len(vocabulary),) condition index of every gene and special token.
     """
 
