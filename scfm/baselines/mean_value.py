@@ -16,10 +16,11 @@ PREFIX = "baseline/"
 
 
 def mean_value_losses(data: CellDataModule, n_genes: int) -> dict[str, float]:
-    """Return the mean squared error, in the targets' units squared, of two predictions of the validation cells' unknown genes.
+    """Return the mean squared error of two predictions of the unknown genes of the validation cells.
 
     `global mean` predicts one number, the mean training target; `gene mean` predicts each gene's mean training target
-    (the global mean where a gene was never seen). Means are taken over at most 100 global batches of training cells.
+    (the global mean where a gene was never seen). Targets are bins, or raw values where the
+    recipe says so. Means are taken over at most 100 global batches of training cells.
 
     Args:
         data: serves the same masked cells that the model is trained and validated on.
