@@ -148,6 +148,7 @@ def grow(batch: PackedBatch, learned: Tensor, values: Tensor) -> tuple[PackedBat
         values=known[order],
         targets=None if batch.targets is None else batch.targets[order],
         n_known=batch.n_known + more.to(batch.n_known.dtype),
+        levels=None,
         gene_conditions={name: index[order] for name, index in batch.gene_conditions.items()},
     )
     return grown, order

@@ -27,7 +27,7 @@ class DataConfig:
         max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
-        fill_packs: Fill every pack to `tokens_per_pack` with a pseudo-cell so that shapes never change (GPUs).
+        fill_packs: Fill all packs of a global batch to one length with pseudo-cells: even memory, few shapes (GPUs).
         values: `binned`, or `raw` to hand the model the values as they are (scGPT's perturbation models).
         n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values.
         tie_policy: Where equal values fall: `left` (all into their highest bin), or `random` (spread, keyed by cell).
@@ -97,7 +97,7 @@ class ModelConfig:
     value_encoder: Literal["continuous", "category", "scaling"] = "continuous"
     attention: Literal["generative", "full"] = "generative"
     unknown_output_projection: bool = True
-    backend: Literal["auto", "flash_cpu", "dense"] = "auto"
+    backend: Literal["auto", "flash", "flash_attn_2", "flash_attn_3", "flex", "flash_cpu", "dense"] = "auto"
     cell_embedding: Literal["cls", "mean", "weighted"] = "cls"
     cell_conditions: list[str] = field(default_factory=list)
     input_norm: Literal["none", "batch", "domain"] = "none"

@@ -18,7 +18,15 @@ def shared() -> Path:
     return place
 
 
-MARKERS = ("golden", "realdata", "peer")  # counted in the closing lines
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+MARKERS = ("golden", "realdata", "peer", "gpu")  # counted in the closing lines
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+POSITIONS = ("predicted", "real_positions")
 
 
 @dataclass
@@ -27,6 +30,9 @@ class PackedBatch:
         cell_conditions: name -> (N,) int64 condition index of each cell (batch, modality, label ...).
         total_cells: cells in the whole global batch, over all packs and ranks: the denominator of cell losses.
         total_unknown: unknown genes in the whole global batch: the denominator of gene losses.
+        longest: no cell has more tokens; the same for all packs of a run, since kernels are compiled for it. Where it
+            is not given, the longest cell of the pack.
+        levels: (V,) float32 all that `values` can hold, ascending, where that is few (bins); None where it is not.
     """
 
     genes: Tensor
@@ -39,6 +45,12 @@ class PackedBatch:
     cell_conditions: dict[str, Tensor] = field(default_factory=dict)
     total_cells: int = 0
     total_unknown: int = 0
+    longest: int = 0
+    levels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.longest == 0:
+            self.longest = int(self.cu_seqlens.diff().max())
 
     @property
     def n_cells(self) -> int:
@@ -77,26 +89,30 @@ class PackedBatch:
         """(U,) int64 positions of the unknown genes of real cells, in pack order: what the gene losses look at."""
         return (self.unknown_mask & self.real_cells[self.cell_of_token]).nonzero()[:, 0]
 
+    @cached_property
+    def real_positions(self) -> Tensor:
+        """(R,) int64 positions of the cells that are no pseudo-cells."""
+        return self.real_cells.nonzero()[:, 0]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on another device."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(item: Any) -> Any:
+    def pin_memory(self) -> PackedBatch:
+        """Return the batch in page-locked memory."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Return the batch with each of its tensors moved, positions that are known included."""
+
+        def moved(item: Any) -> Any:
             if isinstance(item, Tensor):
-                return item.to(device, non_blocking=non_blocking)
+                return move(item)
             if isinstance(item, dict):
                 return {name: move(value) for name, value in item.items()}
             return item
 
-        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
-
-    def pin_memory(self) -> PackedBatch:
-        """Return the batch in page-locked memory."""
-
-        def pin(item: Any) -> Any:
-            if isinstance(item, Tensor):
-                return item.pin_memory()
-            if isinstance(item, dict):
-                return {name: pin(value) for name, value in item.items()}
-            return item
-
-        return PackedBatch(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+        batch = PackedBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+        # counting on a GPU would make the host wait for it
+        batch.__dict__ |= {name: move(self.__dict__[name]) for name in POSITIONS if name in self.__dict__}
+        return batch

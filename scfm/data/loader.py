@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from scfm.data.batch import PackedBatch
 from scfm.data.order import CellOrder
-from scfm.data.packing import deal
+from scfm.data.packing import deal, positions_of
 from scfm.data.store import CellStore
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
@@ -31,7 +31,7 @@ class PackLoader:
         order: which cells make a global batch.
         tokeniser: how cells become tokens.
         tokens_per_pack: most tokens in a pack.
-        fill_packs: fill every pack to `tokens_per_pack` with one pseudo-cell.
+        fill_packs: fill all packs of a global batch to one length, on every rank, with pseudo-cells.
         cell_conditions: name -> (N,) code of every store row.
         keys: (N,) uint64 key of every store row, on which its random draws depend; None takes the row itself.
         rank, world_size: this process, and how many share a global batch.
@@ -99,15 +99,17 @@ class PackLoader:
         rows = self.order.batch(epoch, k)
         keys = rows.astype(np.uint64) if self.keys is None else self.keys[rows]
         lengths, n_unknown = self.tokeniser.plan(self.store, rows, keys, epoch)
-        packs = deal(lengths, self.world_size, self.tokens_per_pack)[self.rank]
+        plan = deal(lengths, self.world_size, self.tokens_per_pack)
+        packs = plan[self.rank]
+        size = filled_length(lengths, plan, self.tokens_per_pack) if self.fill_packs else 0
 
         # The cells of all packs in a row, -1 for a pseudo-cell; every pack is a slice of the arrays over them.
-        rooms = [self._room(int(lengths[pack].sum())) for pack in packs]
-        seats = [np.append(pack, -1) if room else pack for pack, room in zip(packs, rooms, strict=True)]
-        cells = np.concatenate(seats)
+        rooms = [self._rooms(int(lengths[pack].sum()), size) for pack in packs]
+        seats = [np.append(pack, [-1] * len(room)) for pack, room in zip(packs, rooms, strict=True)]
+        cells = np.concatenate(seats).astype(np.int64)
         real = cells >= 0
         sizes = lengths[cells].astype(np.int64)
-        sizes[~real] = [room for room in rooms if room]
+        sizes[~real] = [tokens for room in rooms for tokens in room]
         ends = np.cumsum(sizes)
         starts = ends - sizes
 
@@ -118,6 +120,7 @@ class PackLoader:
         for pseudo in np.flatnonzero(~real):
             tokens = slice(starts[pseudo], ends[pseudo])
             genes[tokens], values[tokens], targets[tokens] = self.tokeniser.vocabulary.pad, 0, 0
+        levels = self.tokeniser.levels
         own = cells[real]
         self.tokeniser.fill(
             self.store, rows[own], keys[own], epoch, starts[real], lengths[own], n_unknown[own], genes, values, targets
@@ -144,16 +147,33 @@ class PackLoader:
                 cell_conditions=_as_tensors({name: codes[inside] for name, codes in conditions.items()}),
                 total_cells=len(rows),
                 total_unknown=int(n_unknown.sum()),
+                longest=self.tokeniser.longest,
+                levels=None if levels is None else torch.from_numpy(levels),
             )
+            batch.predicted = torch.from_numpy(positions_of(batch.cu_seqlens.numpy(), n_known[inside], real[inside]))
+            batch.real_positions = torch.from_numpy(np.flatnonzero(real[inside]))
             batches.append(batch.pin_memory() if self.pin_memory else batch)
             first = inside.stop
         return batches
 
-    def _room(self, tokens: int) -> int:
-        """Return the tokens of a pack's pseudo-cell: what is left, or one where the pack would be empty."""
-        if self.fill_packs:
-            return self.tokens_per_pack - tokens
-        return 0 if tokens else 1
+    def _rooms(self, tokens: int, size: int) -> list[int]:
+        """Return the tokens of a pack's pseudo-cells: what is left, or one where the pack would be empty.
+
+        None is longer than a cell may be, for attention costs the square of it.
+        """
+        room = max(size - tokens, 0 if tokens else 1)
+        longest = self.tokeniser.longest
+        return [longest] * (room // longest) + ([room % longest] if room % longest else [])
+
+
+def filled_length(lengths: NDArray[np.int32], plan: list[list[NDArray[np.int64]]], tokens_per_pack: int) -> int:
+    """Return the tokens that every pack of a global batch, on every rank, is filled to.
+
+    Enough for the largest, and rounded up to 1/64 of the budget: over a run there are few lengths.
+    """
+    largest = max(int(lengths[pack].sum()) for packs in plan for pack in packs)
+    step = max(tokens_per_pack // 64, 1)
+    return min(-(-max(largest, 1) // step) * step, tokens_per_pack)
 
 
 def _as_tensors(arrays: Mapping[str, NDArray]) -> dict[str, torch.Tensor]:

@@ -65,3 +65,22 @@ def _deal_greedily(
         if fits:
             return pack_of, True
     return pack_of, False
+
+
+@njit(nogil=True, cache=True)
+def positions_of(
+    cu_seqlens: NDArray[np.int32], n_known: NDArray[np.int32], real: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Return where the unknown genes of the real cells of a pack stand, in order."""
+    total = 0
+    for cell in range(len(real)):
+        if real[cell]:
+            total += cu_seqlens[cell + 1] - cu_seqlens[cell] - n_known[cell]
+    positions = np.empty(total, np.int64)
+    i = 0
+    for cell in range(len(real)):
+        if real[cell]:
+            for position in range(cu_seqlens[cell] + n_known[cell], cu_seqlens[cell + 1]):
+                positions[i] = position
+                i += 1
+    return positions

@@ -22,6 +22,7 @@ from scfm.errors import ScfmError
 
 Specials = tuple[int, float, float]  # id of <cls>, its value, the value that hides
 Plans = tuple[NDArray, NDArray, NDArray, NDArray]  # per cell: first token, tokens, unknown genes, stream of draws
+FEW_BINS = 512
 Scratch = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
 
 
@@ -59,6 +60,10 @@ class Tokeniser:
         vocabulary: what the gene ids mean.
         value_kind: raw counts, which are binned by counting, or normalised values.
         gene_conditions: name -> (len(vocabulary),) condition index of every gene and special token.
+
+    Attributes:
+        longest: most tokens that a cell can have.
+        levels: (V,) all that a token's value can be, ascending; None where that is not few.
     """
 
     def __init__(
@@ -77,6 +82,11 @@ class Tokeniser:
                 raise ScfmError(f"gene condition {name}: {len(table)} entries for a vocabulary of {len(vocabulary)}")
         self._quantiles = np.linspace(0, 1, config.n_bins - 1)
         self._ratios = np.asarray(config.mask_ratios, np.float64)
+        self.longest = min(config.max_genes, vocabulary.n_genes) + 1
+        self.levels: NDArray[np.float32] | None = None
+        if config.values == "binned" and config.n_bins <= FEW_BINS:
+            seen = [*range(config.n_bins), config.cls_value, config.mask_value]
+            self.levels = np.unique(np.asarray(seen, np.float32))
 
     def plan(
         self, store: CellStore, rows: NDArray[np.int64], keys: NDArray[np.uint64], epoch: int

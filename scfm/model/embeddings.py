@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,8 +36,16 @@ class ContinuousValue(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, genes: Tensor, batch: PackedBatch) -> Tensor:
-        values = batch.values.to(genes.dtype).clamp(max=self.largest)[:, None]  # (T, 1)
-        return self.dropout(self.norm(self.linear2(F.relu(self.linear1(values)))), residual=genes)
+        if batch.levels is None:
+            return self.dropout(self.encode(batch.values.to(genes.dtype)), residual=genes)
+        # bins are few: encode each once, and look it up; summed over tokens, its gradient needs the full precision
+        table = self.encode(batch.levels.to(genes.dtype)).to(genes.dtype)  # (V, D)
+        values = F.embedding(torch.searchsorted(batch.levels, batch.values), table)
+        return self.dropout(values, residual=genes)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return a vector per value, (V,) -> (V, D)."""
+        return self.norm(self.linear2(F.relu(self.linear1(values.clamp(max=self.largest)[:, None]))))
 
 
 class CategoryValue(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from scfm.errors import ScfmError
 
@@ -18,11 +19,12 @@ class Linear(nn.Linear):
     """A linear layer whose float32 products on a CPU run in oneDNN; all else is torch's own linear layer.
 
     torch computes float32 products in MKL, whose kernels reach less than half of oneDNN's speed on AMD processors.
+    Compiled code keeps torch's own, which Inductor knows.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         exact = input.dtype == self.weight.dtype == torch.float32
-        usable = onednn is not None and input.device.type == "cpu" and input.numel() > 0
+        usable = onednn is not None and input.device.type == "cpu" and input.numel() > 0 and not is_compiling()
         if exact and usable and not torch.is_autocast_enabled("cpu"):
             return _OneDNNLinear.apply(input, self.weight, self.bias)
         return super().forward(input)
@@ -69,7 +71,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training or self.p == 0:
             return x if residual is None else residual + x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or is_compiling():
             dropped = F.dropout(x, self.p)
             return dropped if residual is None else residual + dropped
         mask = keep_mask(x, self.p)

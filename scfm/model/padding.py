@@ -45,6 +45,8 @@ class Padded:
             genes=extended(batch.genes, pad),
             values=extended(batch.values, PAD_VALUE),
             targets=None,
+            longest=batch.longest + 1,
+            levels=None,
             cu_seqlens=batch.cu_seqlens + torch.arange(batch.n_cells + 1, device=own.device, dtype=torch.int32),
             gene_conditions={name: extended(index, 0) for name, index in batch.gene_conditions.items()},
         )

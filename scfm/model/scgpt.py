@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
-from scfm.model.attention import AttentionLayout
+from scfm.model.attention import Attention, AttentionLayout, pick_backend, prepare
 from scfm.model.embeddings import CellCondition, GeneCondition, GeneEmbedding, Modality, value_encoder
 from scfm.model.heads import HeadSpec, Values, build_head
 from scfm.model.input_norm import InputNorm
@@ -88,12 +88,21 @@ class Backbone(nn.Module):
         """As forward; `counted` (T,) says how many padded positions each token stands for where padding counts."""
         genes = self.gene_embedding(batch.genes)  # (T, D)
         x = self.embed(genes, batch, counted, cell_prompt)
-        layout = AttentionLayout.of(batch, self.config.attention)
-        if counted is not None:  # the last token of each cell is padding: a query, but no key
-            layout = AttentionLayout(batch.cu_seqlens, batch.cu_seqlens.diff() - 1, self_key=False)
+        attention = self.attention(batch, padded=counted is not None)
         for block in self.blocks:
-            x = block(x, layout, batch.unknown_mask)
+            x = block(x, attention, batch.unknown_mask)
         return genes, x, self.pool(x, batch, counted)
+
+    def attention(self, batch: PackedBatch, padded: bool) -> Attention:
+        """Return the attention of a pack; of a padded one the last token of each cell is a query, but no key."""
+        layout = AttentionLayout.of(batch, self.config.attention)
+        if padded:
+            layout = replace(layout, n_keys=layout.n_keys - 1, self_key=False)
+        weight = self.gene_embedding.embedding.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        head_width = self.config.width // self.config.heads
+        return prepare(layout, pick_backend(weight.device, dtype, head_width, self.config.backend)[0])
 
     def embed(self, genes: Tensor, batch: PackedBatch, counted: Tensor | None, cell_prompt: Tensor | None) -> Tensor:
         """Return the input of the first block, (T, D), from the gene embeddings (T, D)."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfm.model.attention import AttentionLayout, attend
+from scfm.model.attention import Attention
 from scfm.model.layers import Dropout, Linear
 from scfm.recipe import ModelConfig
 
@@ -28,7 +28,6 @@ class Block(nn.Module):
         width = config.width
         self.heads = config.heads
         self.post = config.norm == "post"
-        self.backend = config.backend
         self.activation = ACTIVATIONS[config.activation]
         self.bypass = config.attention == "generative" and not config.unknown_output_projection
         self.qkv = Linear(width, 3 * width)
@@ -39,17 +38,17 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layout: AttentionLayout, unknown: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention, unknown: Tensor) -> Tensor:
         if self.post:
-            x = self.norm1(self.dropout(self.attention(x, layout, unknown), residual=x))
+            x = self.norm1(self.dropout(self.attend(x, attention, unknown), residual=x))
             return self.norm2(self.dropout(self.feed_forward(x), residual=x))
         x = self.norm1(x)
-        x = self.norm2(self.dropout(self.attention(x, layout, unknown), residual=x))
+        x = self.norm2(self.dropout(self.attend(x, attention, unknown), residual=x))
         return self.dropout(self.feed_forward(x), residual=x)
 
-    def attention(self, x: Tensor, layout: AttentionLayout, unknown: Tensor) -> Tensor:
+    def attend(self, x: Tensor, attention: Attention, unknown: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (T, 3, H, d)
-        context = attend(qkv, layout, backend=self.backend).flatten(1)  # (T, D)
+        context = attention(qkv).flatten(1)  # (T, D)
         projected = self.out_proj(context)
         return torch.where(unknown[:, None], context, projected) if self.bypass else projected
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any
 
 import lightning as L
@@ -183,16 +184,15 @@ class FoundationModule(L.LightningModule):
         views: list[Tensor] = []
         with torch.no_grad():
             for view in range(max(objective.views for objective in terms)):
-                cells = []
-                for index, pack in enumerate(packs):
-                    cells.append(self.look(pack, index, norms, view).cell)
+                cells = [self.look(pack, index, norms, view).cell for index, pack in enumerate(packs)]
                 views.append(torch.cat(cells).float())  # (N of this rank, D)
         # autocast caches its casts of the weights; those made without a graph must not serve the pass with one
         torch.clear_autocast_cache()
-        real = torch.cat([pack.real_cells for pack in packs])
+        starts = accumulate((pack.n_cells for pack in packs), initial=0)
+        real = torch.cat([start + pack.real_positions for start, pack in zip(starts, packs, strict=False)])
         with torch.enable_grad():
             local = [view.requires_grad_() for view in views]
-            everyone = [gather(view[real]) for view in local]  # (N of the global batch, D) each
+            everyone = [gather(view.index_select(0, real)) for view in local]  # (N of the global batch, D) each
             losses = {objective.name: objective.loss(*everyone[: objective.views]) for objective in terms}
             weighted = sum(objective.weight * losses[objective.name] for objective in terms)
         pulls: list[list[Tensor]] = []

@@ -157,7 +157,9 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     """Say what is about to run: sizes, cells, device, attention backend and why that one."""
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
-    backend, reason = pick_backend(device, job.recipe.model.backend)
+    model, precision = job.recipe.model, str(trainer.precision)
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16 if "16" in precision else torch.float32
+    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend)
     return (
         f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
         f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "

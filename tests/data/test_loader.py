@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from scfm.data.batch import PackedBatch
-from scfm.data.loader import PackLoader
+from scfm.data.loader import PackLoader, filled_length
 from scfm.data.order import CellOrder
+from scfm.data.packing import deal
 from scfm.data.store import CellBlock, CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.data.vocabulary import Gene, Vocabulary
@@ -171,17 +173,57 @@ def test_a_rank_without_cells_gets_one_pseudo_cell(store: CellStore) -> None:
 
 
 def test_filled_packs_all_have_the_same_size(store: CellStore) -> None:
-    plain, filled = loader_of(store), loader_of(store, fill_packs=True)
-    packs = filled.prepare(0, 0)
-    assert {pack.n_tokens for pack in packs} == {400}
-    assert cells_of(packs) == cells_of(plain.prepare(0, 0))
+    """On every rank: the smallest multiple of 1/64 of the budget that holds the largest pack."""
+    plain = [loader_of(store, rank=rank, world_size=2) for rank in range(2)]
+    filled = [loader_of(store, rank=rank, world_size=2, fill_packs=True) for rank in range(2)]
+    packs = [pack for loader in filled for pack in loader.prepare(0, 0)]
+    bare = [pack for loader in plain for pack in loader.prepare(0, 0)]
+    assert len({pack.n_tokens for pack in packs}) == 1
+    largest = max(pack.n_tokens for pack in bare)
+    assert largest <= packs[0].n_tokens < largest + 400 // 64
+    assert cells_of(packs) == cells_of(bare)
     for pack in packs:
-        assert pack.real_cells[:-1].all()
-        if not pack.real_cells[-1]:
-            first = pack.cu_seqlens[-2]
-            assert pack.n_known[-1] == 1
-            assert (pack.genes[first:] == VOCABULARY.pad).all()
-            assert (pack.values[first:] == 0).all()
+        for cell in (~pack.real_cells).nonzero()[:, 0].tolist():
+            tokens = slice(int(pack.cu_seqlens[cell]), int(pack.cu_seqlens[cell + 1]))
+            assert pack.n_known[cell] == 1
+            assert (pack.genes[tokens] == VOCABULARY.pad).all()
+            assert (pack.values[tokens] == 0).all()
+
+
+def test_no_pseudo_cell_is_longer_than_a_cell_can_be(store: CellStore) -> None:
+    """Attention costs the square of a cell's length, and kernels are compiled for the longest."""
+    loader = loader_of(store, fill_packs=True)
+    longest = loader.tokeniser.longest
+    assert loader._rooms(10, 10 + 2 * longest + 3) == [longest, longest, 3]
+    assert loader._rooms(10, 10) == []
+    for pack in loader.prepare(0, 0):
+        assert pack.longest == longest >= int(pack.lengths.max())
+
+
+def test_less_than_two_percent_of_full_cells_packs_is_empty() -> None:
+    """512 cells of 1,200 tokens, as published, at both usual budgets, on one and on eight GPUs."""
+    lengths = np.full(512, 1200, np.int32)
+    for budget in (65_536, 131_072):
+        for world_size in (1, 8):
+            plan = deal(lengths, world_size, budget)
+            size = filled_length(lengths, plan, budget)
+            assert 1 - lengths.sum() / (size * sum(map(len, plan))) < 0.02
+
+
+def test_positions_travel_with_the_pack(store: CellStore) -> None:
+    """Counting them on a GPU would make the host wait; the loader knows them."""
+    for pack in loader_of(store, fill_packs=True).prepare(0, 0):
+        again = replace(pack)  # without what the loader knows
+        assert torch.equal(pack.predicted, again.predicted)
+        assert torch.equal(pack.real_positions, again.real_positions)
+        moved = pack.to("meta")
+        assert moved.predicted.shape == pack.predicted.shape
+
+
+def test_levels_are_all_that_a_value_can_be(store: CellStore) -> None:
+    for pack in loader_of(store, fill_packs=True).prepare(0, 0):
+        assert pack.levels is not None
+        assert torch.isin(pack.values, pack.levels).all()
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(store: CellStore) -> None:
