@@ -114,6 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()  # what `scfm pretrain` does too
+    origin = provenance()  # of the code that runs, whatever is committed meanwhile
     runs = []
     for seed in options.seeds:
         for rate in options.rates:
@@ -121,7 +122,7 @@ def main() -> None:
                 runs.append(run(options.shards, name, rate, seed, options.steps))
                 print(json.dumps(runs[-1]), flush=True)
     print("\n".join(table(runs)))
-    print(json.dumps({"bench": "muon_vs_adamw", "steps": options.steps, "runs": runs, **provenance()}))
+    print(json.dumps({"bench": "muon_vs_adamw", "steps": options.steps, "runs": runs, **origin}))
 
 
 if __name__ == "__main__":
