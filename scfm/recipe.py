@@ -136,10 +136,11 @@ class OptimizerConfig:
     """How the weights move.
 
     Args:
-        name: Registered optimizer.
-        lr: Peak learning rate.
-        betas: Decay of the first and second moment.
-        eps: Term added to the denominator.
+        name: `adamw`, or `muon` (for the matrices of the transformer blocks, with AdamW for all else).
+        lr: Peak learning rate; Muon's updates are scaled to the size of AdamW's.
+        betas: AdamW's decay of the first and second moment.
+        eps: AdamW's term added to the denominator.
+        momentum: Muon's (Nesterov) momentum.
         weight_decay: Decoupled weight decay, on matrices only (no biases, norms or embeddings).
         warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         schedule: What follows the warm-up: `cosine` to zero, or `constant`.
@@ -150,6 +151,7 @@ class OptimizerConfig:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.0
     warmup: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -291,6 +293,7 @@ def check(recipe: Recipe) -> None:
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
         (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
         (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
+        (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),
         (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),
     ]
     wrong = [message for holds, message in rules if not holds]

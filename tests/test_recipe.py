@@ -80,6 +80,7 @@ def test_what_is_not_in_the_schema_is_named(overrides: dict[str, object], messag
         ({"objectives": []}, "objectives: is empty"),
         ({"objectives": [{"name": "gep"}, {"name": "gep"}]}, "gep stands there twice"),
         ({"optimizer": {"lr": 0.0}}, r"optimizer\.lr: 0\.0 must be positive"),
+        ({"optimizer": {"momentum": 1.0}}, r"optimizer\.momentum: 1\.0 must lie in"),
         ({"data": {"values": "raw"}}, r"gep has loss cross_entropy over bins, but data\.values is raw"),
         ({"data": {"values": "raw"}, "model": {"value_encoder": "category"}}, r"model\.value_encoder: category embeds"),
     ],

@@ -226,11 +226,15 @@ class FoundationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["scfm_objectives"] = [objective.name for objective in self.objectives]
+        checkpoint["scfm_optimizer"] = self.optimizer_config.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, now = checkpoint.get("scfm_objectives"), [objective.name for objective in self.objectives]
         if saved != now:
             raise ScfmError(f"the checkpoint was trained with the objectives {saved}, the recipe names {now}")
+        before, name = checkpoint.get("scfm_optimizer", "adamw"), self.optimizer_config.name
+        if before != name:
+            raise ScfmError(f"optimizer.name: the checkpoint was trained with {before}, the recipe names {name}")
 
 
 def add(sums: Metrics, more: Metrics) -> None:

@@ -3,46 +3,86 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from scfm.errors import ScfmError
+from scfm.model.transformer import Block
 from scfm.recipe import OptimizerConfig
+from scfm.training.muon import JoinedOptimizer, StackedMuon
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
 
-
-def build_optimizer(network: nn.Module, config: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, config: OptimizerConfig, *, fused: bool) -> Optimizer:
     """Return the optimiser over the trainable parameters; decay acts on matrices other than embeddings.
 
     Args:
         network: its parameters with `requires_grad` are trained.
         config: the recipe's optimizer section.
-        fused: one kernel for all tensors; not under a gradient scaler, which would unscale only inside that kernel,
-            after the clipping.
+        fused: one kernel for all tensors of AdamW; not under a gradient scaler, which would unscale only inside that
+            kernel, after the clipping.
     """
     if config.name not in OPTIMIZERS:
         raise ScfmError(f"optimizer.name: {config.name!r} is not known; choose one of {sorted(OPTIMIZERS)}")
+    return OPTIMIZERS[config.name](network, config, fused)
+
+
+def adamw(network: nn.Module, config: OptimizerConfig, fused: bool) -> Optimizer:
+    """Return AdamW for all parameters."""
+    return torch.optim.AdamW(adamw_groups(network, config), **adamw_options(config, fused))
+
+
+def muon(network: nn.Module, config: OptimizerConfig, fused: bool) -> Optimizer:
+    """Return Muon for the matrices of the transformer blocks, and AdamW for all else.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and decay serve both.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
+    if not matrices:
+        raise ScfmError("optimizer.name: muon trains the matrices of transformer blocks, of which none is trainable")
+    joint = {id(block.qkv.weight) for block in blocks}
+    groups = [
+        {"params": [p for p in matrices if id(p) in joint], "stacked": 3},
+        {"params": [p for p in matrices if id(p) not in joint], "stacked": 1},
+    ]
+    turning = StackedMuon(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = adamw_groups(network, config, without=matrices)
+    return JoinedOptimizer([turning, *([torch.optim.AdamW(rest, **adamw_options(config, fused))] if rest else [])])
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig, bool], Optimizer]] = {"adamw": adamw, "muon": muon}
+
+
+def adamw_groups(network: nn.Module, config: OptimizerConfig, without: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
+    """Return the trainable parameters, but for some, as a group that decays and one that is spared."""
+    left_out = {id(parameter) for parameter in without}
     embeddings = {
         id(parameter)
         for module in network.modules()
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = [p for p in network.parameters() if p.requires_grad and id(p) not in left_out]
     decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     spared = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return OPTIMIZERS[config.name](
-        [group for group in groups if group["params"]],
-        lr=config.lr,  # type: ignore[call-arg]
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused,
-    )
+    return [group for group in groups if group["params"]]
+
+
+def adamw_options(config: OptimizerConfig, fused: bool) -> dict[str, Any]:
+    """Return what AdamW takes from the recipe, decay aside."""
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
 
 
 def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
@@ -60,6 +100,6 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[
     return factor
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
     """Return the schedule, stepped once per optimizer step."""
     return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
