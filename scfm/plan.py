@@ -290,7 +290,8 @@ def speed_of(
     if device == "cpu":
         from scfm.rate import measure
 
-        rate = measure(recipe, network_of(recipe, cells, objectives), objectives, cells.lengths, packs.tokens)
+        with torch.random.fork_rng():
+            rate = measure(recipe, network_of(recipe, cells, objectives), objectives, cells.lengths, packs.tokens)
         said = (
             f"speed: ceiling measured here just now; MFU {rate.mfu:.1%} and {1e3 * rate.optimizer_seconds:.1f} ms per "
             f"optimizer step are the medians of {rate.steps} real training steps on one pack of {rate.tokens:,} tokens"

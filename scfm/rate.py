@@ -97,7 +97,7 @@ def measure(
         val_check_interval=None,
     )  # fmt: skip
     module = FoundationModule(network, all_active, recipe.optimizer, recipe.seed)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
         trainer = build_trainer(
             replace(recipe, trainer=options), callbacks=[clock], logger=False, enable_checkpointing=False
