@@ -19,6 +19,7 @@ VERBS = {
     "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
     "prepare": ("scfm.data.prepare:prepare", "h5ad files or folders of them -> a shard directory"),
     "check": ("scfm.checking:check_file", "raw counts? which genes match? exit code 1 where a file would not work"),
+    "plan": ("scfm.plan:plan", "parameters, FLOPs, memory and hours of a recipe, before it is launched"),
     "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),
     "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
@@ -27,7 +28,7 @@ VERBS = {
     "convert": ("scfm.checkpoints.convert:convert", "checkpoints from scGPT to scfm and back"),
     "bench": ("scfm.bench:bench", "measure scfm itself"),
 }
-RECIPE_VERBS = ("pretrain", "finetune")
+RECIPE_VERBS = ("plan", "pretrain", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,8 +66,8 @@ def run(verb: str, arguments: Sequence[str]) -> bool:
     if verb in RECIPE_VERBS:
         from scfm.recipe_reader import parse_recipe
 
-        recipe, resume = parse_recipe(arguments, f"scfm {verb}", what)
-        function(place)(recipe, resume)
+        recipe, options = parse_recipe(arguments, f"scfm {verb}", what, function(place))
+        function(place)(recipe, **options)
         return True
     action = function(place)
     parser, first = verb_parser(f"scfm {verb}", what, action)
@@ -81,6 +82,8 @@ def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[Ar
     one that is False unless given is a flag.
     """
     from jsonargparse import ArgumentParser
+
+    from scfm.recipe_reader import described
 
     parser = ArgumentParser(prog=program, description=what)
     hints, helps = get_type_hints(action), described(action)
@@ -110,13 +113,6 @@ def dashed(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def described(action: Callable[..., Any]) -> dict[str, str]:
-    """Return the parameters' descriptions in a function's docstring."""
-    from docstring_parser import parse
-
-    return {parameter.arg_name: parameter.description or "" for parameter in parse(action.__doc__ or "").params}
 
 
 def function(place: str) -> Callable[..., Any]:

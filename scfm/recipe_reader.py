@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
@@ -64,16 +65,22 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, base
     return parsed(parser, lambda: parser.parse_object(content), str(path or "recipe"))
 
 
-def parse_recipe(arguments: Sequence[str], program: str, description: str) -> tuple[Recipe, str | None]:
-    """Return the recipe of a command line, and the checkpoint to resume from.
+def parse_recipe(
+    arguments: Sequence[str], program: str, description: str, action: Callable[..., Any]
+) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe of a command line, and the options that its verb's function takes besides.
 
     A recipe with a `from` key defaults to that model's own shape and tokenisation.
     """
     from jsonargparse import ArgumentError
 
+    hints, helps, own = get_type_hints(action), described(action), dict(signature(action).parameters)
+    del own["recipe"]
+
     def parser_on(base: Recipe) -> ArgumentParser:
         parser = recipe_parser(base, prog=program, description=description)
-        parser.add_argument("--resume", type=str | None, help="`auto`, or a checkpoint of the run, to continue it.")
+        for name in own:
+            parser.add_argument(f"--{name}", type=hints[name], default=own[name].default, help=helps[name])
         return parser
 
     def parse(parser: ArgumentParser) -> Namespace:
@@ -88,9 +95,16 @@ def parse_recipe(arguments: Sequence[str], program: str, description: str) -> tu
             from scfm.checkpoints.native import read_model
 
             parser = parser_on(like(read_model(first["from"])))
-        return parsed(parser, lambda: parse(parser), program), first["resume"]
+        return parsed(parser, lambda: parse(parser), program), {name: first[name] for name in own}
     except ArgumentError as error:
         raise ScfmError(f"{program}: {error}") from error
+
+
+def described(action: Callable[..., Any]) -> dict[str, str]:
+    """Return the parameters' descriptions in a function's docstring."""
+    from docstring_parser import parse
+
+    return {parameter.arg_name: parameter.description or "" for parameter in parse(action.__doc__ or "").params}
 
 
 def like(files: Any) -> Recipe:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_help_describes_every_option(verb: str, capsys: pytest.CaptureFixture[st
     assert f"scfm {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("pretrain", "finetune")])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in RECIPE_VERBS])
 def test_every_option_of_a_verb_has_a_description(verb: str) -> None:
     parser, _ = verb_parser(verb, "", function(VERBS[verb][0]))
     assert [action.dest for action in parser._actions if not action.help] == []
@@ -93,6 +94,8 @@ def test_options_that_messages_name_exist() -> None:
         if verb not in RECIPE_VERBS:
             parser, _ = verb_parser(verb, what, function(place))
             taken |= {option for action in parser._actions for option in action.option_strings}
+        else:
+            taken |= {f"--{name}" for name in signature(function(place)).parameters}
     others = {"page.py", "provenance.py"}  # style sheets and git have options of their own
     pages = [path for path in root.glob("scfm/**/*.py") if path.name not in others]
     text = "\n".join(path.read_text() for path in [*pages, root / "README.md", *root.glob("docs/**/*.md")])

@@ -34,7 +34,7 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if "--from" in arguments:  # its model directory would have to exist
             at = arguments.index("--from")
             del arguments[at : at + 2]
-        parse_recipe(arguments, f"scfm {verb}", what)
+        parse_recipe(arguments, f"scfm {verb}", what, function(place))
         return
     parser, _ = verb_parser(f"scfm {verb}", what, function(place))
     parser.exit_on_error = False

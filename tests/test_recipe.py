@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import yaml
 
+from scfm.cli import VERBS, function
 from scfm.errors import ScfmError
 from scfm.recipe import ObjectiveConfig, Recipe, TrainerConfig, check
 from scfm.recipe_reader import BUNDLED, bundled, merged, parse_recipe, read_recipe
@@ -49,8 +50,8 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
 def test_the_command_line_wins_over_the_file() -> None:
     path = str(bundled("pretrain/quickstart.yaml"))
     arguments = ["--config", path, "--data.max_genes", "77", "--resume", "auto", "--objectives", "[{name: gepc}]"]
-    recipe, resume = parse_recipe(arguments, "scfm pretrain", "")
-    assert (recipe.data.max_genes, recipe.data.cells_per_batch, resume) == (77, 16, "auto")
+    recipe, options = parse_recipe(arguments, "scfm pretrain", "", function(VERBS["pretrain"][0]))
+    assert (recipe.data.max_genes, recipe.data.cells_per_batch, options) == (77, 16, {"resume": "auto"})
     assert recipe.objectives == [ObjectiveConfig("gepc")]
 
 
