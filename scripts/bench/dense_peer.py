@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from scfm.data.batch import PackedBatch
 from scfm.recipe import ModelConfig
 
-# `mask`: one scaled_dot_product_attention over both streams under an (M, M) mask: the best that dense masks can do.
-# `streams`: as the original code calls it: known tokens alone, then multi_head_attention_forward for the unknown ones.
+# `mask`: both streams in one scaled_dot_product_attention under an (M, M) mask, the plain way to write it today.
+# `streams`: as the original calls it, known queries on known keys, then multi_head_attention_forward for unknown ones.
 Arrangement = Literal["mask", "streams"]
 
 

@@ -6,8 +6,8 @@
 One step is forward and backward of GEP + GEPC + cell_prompt: two passes under the generative mask, half of the genes
 unknown, and the dense gradient of the gene embedding. Each side runs in processes of its own; on a CPU each side once
 under glibc's default allocator and once under the one that keeps freed memory, as `scfm pretrain` sets it, so that a
-ratio need not mix the two. With dropout the peer drops attention weights too, as the original does; scfm does not. A
-row of the peer without that says what it costs.
+ratio need not mix the two. With dropout the peer drops attention weights too, as the original does; scfm does not. Rows
+of the peer without that say what it costs. `--width`, `--layers` ... shrink it for a try.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from scfm.training.launch import keep_memory
 VOCABULARY, PAD, CLS, BINS = 60_697, 60_694, 60_695, 51
 UNKNOWN_SHARE = 0.5
 DROPOUTS = (0.2, 0.0)
-PEERS = ("dense mask", "dense mask, no attention dropout", "two calls")
+# the original's own arrangement of attention; one call under an (M, M) mask; that without dropout of attention weights
+PEERS = ("two calls", "dense mask", "dense mask, no attention dropout")
 INNER = 3  # steps between two CUDA events
 
 Step = Callable[[], None]
@@ -74,15 +75,15 @@ class Timing(NamedTuple):
 
 def kinds(side: str, memory: str, device: str) -> list[Kind]:
     """Return what a process times."""
-    found = []
-    for dropout in DROPOUTS:
-        for model in PEERS if side == "peer" else ("scfm",):
-            if dropout == 0 and model == PEERS[1]:
-                continue
-            # in bf16 the two calls materialise what they do in fp32: on a CPU one such row is enough
-            precisions = ("bf16",) if device == "cuda" else ("fp32",) if model == PEERS[2] else ("fp32", "bf16")
-            found += [Kind(model, precision, dropout, memory) for precision in precisions]
-    return found
+    models = PEERS if side == "peer" else ("scfm",)
+    precisions = ("bf16",) if device == "cuda" else ("fp32", "bf16")
+    return [
+        Kind(model, precision, dropout, memory)
+        for dropout in DROPOUTS
+        for model in models
+        for precision in precisions
+        if dropout or model != PEERS[2]
+    ]
 
 
 def made_up_batch(shape: Shape) -> PackedBatch:
@@ -148,8 +149,8 @@ def peer_loss(
     kind: Kind, config: ModelConfig, batch: PackedBatch, device: str
 ) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """Return the peer and its loss."""
-    arrangement = "streams" if kind.model == PEERS[2] else "mask"
-    attention_dropout = 0.0 if kind.model == PEERS[1] else config.dropout
+    arrangement = "streams" if kind.model == PEERS[0] else "mask"
+    attention_dropout = 0.0 if kind.model == PEERS[2] else config.dropout
     network = DenseMaskModel(config, VOCABULARY, PAD, arrangement, attention_dropout).to(device).train()
     streams = Streams.of(batch, PAD).to(device)
     return network, lambda: pretraining_loss(network, streams)
@@ -209,11 +210,13 @@ def measure(shape: Shape, device: str, repeats: int) -> dict[Kind, list[Timing |
             there.close()  # so that a process that dies raises EOFError here instead of hanging
             here.recv()
             pipes |= dict.fromkeys(todo, here)
-    times: dict[Kind, list[Timing | None]] = {kind: [] for kind in pipes}
+    # what is compared is timed close together: machines drift
+    order = sorted(pipes, key=lambda kind: (kind.dropout, kind.memory))
+    times: dict[Kind, list[Timing | None]] = {kind: [] for kind in order}
     for repeat in range(repeats + 1):
-        for kind, pipe in pipes.items():
-            pipe.send(kind)
-            timing = pipe.recv()
+        for kind in order:
+            pipes[kind].send(kind)
+            timing = pipes[kind].recv()
             if repeat:
                 times[kind].append(timing)
     for pipe in set(pipes.values()):
@@ -222,37 +225,46 @@ def measure(shape: Shape, device: str, repeats: int) -> dict[Kind, list[Timing |
 
 
 def summarise(times: dict[Kind, list[Timing | None]], cells: int, device: str) -> list[dict[str, Any]]:
-    """Return a row per kind: cells/s, and how often as fast as the peer in its reference form it is.
+    """Return a row per kind: cells/s, and how often as fast as each form of the peer it is.
 
-    `times_peer` compares under the same allocator, `times_peer_as_run` with the peer under the default one.
+    The peer's are those in fp32 (bf16 on CUDA) with the same dropout: `times` under the same allocator, `times_as_run`
+    under the default one.
     """
-    reference = "bf16" if device == "cuda" else "fp32"
+    precision = "bf16" if device == "cuda" else "fp32"
     medians = {
-        kind: statistics.median(timing.seconds for timing in spent) if all(spent) else None
+        kind: statistics.median(timing.seconds for timing in spent if timing)
         for kind, spent in times.items()
+        if spent and all(spent)
     }
+
+    def ratios(kind: Kind, memory: str) -> dict[str, float]:
+        peers = {model: medians.get(Kind(model, precision, kind.dropout, memory)) for model in PEERS}
+        return {model: round(peer / medians[kind], 2) for model, peer in peers.items() if peer and kind in medians}
+
     rows = []
     for kind, spent in times.items():
-        row: dict[str, Any] = kind._asdict()
-        own, same, default = (
-            medians[key]
-            for key in (
-                kind,
-                Kind(PEERS[0], reference, kind.dropout, kind.memory),
-                Kind(PEERS[0], reference, kind.dropout, "default"),
-            )
-        )
         done = [timing for timing in spent if timing]
-        row |= {
-            "cells_per_second_median": round(cells / own, 2) if own else None,
-            "cells_per_second_best": round(cells / min(t.seconds for t in done), 2) if done else None,
-            "times_peer": round(same / own, 2) if own and same else None,
-            "times_peer_as_run": round(default / own, 2) if own and default else None,
+        row: dict[str, Any] = kind._asdict() | {
+            "cells_per_second_median": round(cells / medians[kind], 2) if kind in medians else None,
+            "cells_per_second_best": round(cells / min(timing.seconds for timing in done), 2) if done else None,
+            "times": ratios(kind, kind.memory),
+            "times_as_run": ratios(kind, "default"),
         }
-        if done and done[0].peak is not None:
-            row["peak_gib"] = round(max(timing.peak or 0.0 for timing in done), 1)
+        if device == "cuda":
+            row["peak_gib"] = round(max(timing.peak or 0.0 for timing in done), 1) if done else None
         rows.append(row)
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    head = ["dropout", "allocator", "model", "precision", "cells/s median", "best", *(f"x {name}" for name in PEERS)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [row[name] for name in ("dropout", "memory", "model", "precision")]
+        speeds = [row[f"cells_per_second_{name}"] or "out of memory" for name in ("median", "best")]
+        lines.append([str(cell) for cell in [*cells, *speeds, *(row["times"].get(name, "") for name in PEERS)]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -265,8 +277,7 @@ def main() -> None:
     given = {name: getattr(options, name) for name in Shape.__annotations__ if getattr(options, name) is not None}
     shape = Shape(**(asdict(SHAPES[options.device]) | given))
     rows = summarise(measure(shape, options.device, options.repeats), shape.cells, options.device)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    print(table(rows))
     about = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu, one thread",
         "scfm_attention": pick_backend(options.device)[0],
