@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scgpt_cases import Case, generative_batch
 
 from scfm.data.batch import PackedBatch
 from scfm.model import ScGPT
@@ -19,15 +21,23 @@ N_TOKENS, PAD = 50, 0
 CELLS = {"ragged": [(5, 3), (1, 6), (9, 0), (4, 12)], "even": [(6, 5), (6, 5), (6, 5)]}  # known, unknown
 
 
-@pytest.fixture(scope="module")
-def peer() -> ModuleType:
-    """scripts/bench/dense_peer.py, which is no part of the package."""
+def script(name: str) -> ModuleType:
+    """Import a file of scripts/bench, which is no part of the package."""
     sys.path.insert(0, str(BENCH))
     try:
-        import dense_peer
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCH))
-    return dense_peer
+
+
+@pytest.fixture(scope="module")
+def peer() -> ModuleType:
+    return script("dense_peer")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return script("train_vs_dense")
 
 
 def a_batch(cells: list[tuple[int, int]], pseudo_cell: bool = False) -> PackedBatch:
@@ -106,6 +116,29 @@ def test_loss_and_gradients_are_equal(peer: ModuleType, arrangement: str) -> Non
         torch.testing.assert_close(theirs_here, parameter.grad, atol=1e-5 * max(largest, 1), rtol=0, msg=name)
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize("arrangement", ["mask", "streams"])
+@pytest.mark.parametrize("name", ["generative_pcpt_gen", "generative_pcpt_gen_nopad"])
+@torch.no_grad()
+def test_stored_outputs_of_the_original(peer: ModuleType, shared: Path, name: str, arrangement: str) -> None:
+    case = Case(shared / "golden/scgpt" / name, torch.float32)
+    theirs = peer.DenseMaskModel(case.files.model, len(case.files.vocabulary), case.files.vocabulary.pad, arrangement)
+    theirs.load_scfm(case.model.state_dict())
+    streams = peer.Streams.of(generative_batch(case.inputs), case.files.vocabulary.pad)
+    expected, real = case.expected(), ~case.inputs["gen_key_padding_mask"]
+    first = theirs.eval()(streams)
+    second = theirs(streams, cell_prompt=first.cell, read_cell=False)
+    n_known = case.inputs["pcpt_genes"].shape[1]
+    for ours, stored in (
+        (first.values, expected["gen_preds"]),
+        (first.from_cell, expected["mvc_output"][:, n_known:]),
+        (second.values, expected["second_gen_preds"]),
+    ):
+        said = ours[~streams.unknown_padding]  # cell by cell, as in the stored outputs
+        torch.testing.assert_close(said, stored[real], atol=2e-5, rtol=0)
+    torch.testing.assert_close(first.cell, expected["cell_emb"], atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("arrangement", ["mask", "streams"])
 @pytest.mark.parametrize("cells", ["ragged", "even"])
 def test_everything_lies_on_one_device(peer: ModuleType, arrangement: str, cells: str) -> None:
@@ -116,3 +149,33 @@ def test_everything_lies_on_one_device(peer: ModuleType, arrangement: str, cells
     loss.backward()
     assert loss.device.type == "meta"
     assert all(parameter.grad is not None for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("side", ["peer", "scfm"])
+def test_every_timed_step_runs(bench: ModuleType, side: str) -> None:
+    shape = bench.Shape(width=8, layers=1, heads=2, tokens=7, cells=2)
+    batch = bench.made_up_batch(shape)
+    for kind in bench.kinds(side, "default", "cpu"):
+        bench.build_step(kind, shape, batch, "cpu")()
+
+
+def test_both_sides_of_the_benchmark_have_one_loss(bench: ModuleType) -> None:
+    shape = bench.Shape(width=8, layers=1, heads=2, tokens=7, cells=2)
+    config = ModelConfig(width=8, heads=2, layers=1, hidden=8, dropout=0.0, unknown_output_projection=False)
+    batch = bench.made_up_batch(shape)
+    ours, our_loss = bench.scfm_loss(bench.Kind("scfm", "fp32", 0.0, "default"), config, batch, "cpu")
+    for model in bench.PEERS:
+        theirs, their_loss = bench.peer_loss(bench.Kind(model, "fp32", 0.0, "default"), config, batch, "cpu")
+        theirs.load_scfm(ours.state_dict())
+        torch.testing.assert_close(their_loss(), our_loss())
+
+
+def test_what_runs_out_of_memory_is_said(bench: ModuleType) -> None:
+    kinds = bench.kinds("peer", "default", "cuda") + bench.kinds("scfm", "default", "cuda")
+    times = {kind: [bench.Timing(0.5, 2.0)] * 3 for kind in kinds}
+    times[kinds[0]] = [None] * 3
+    rows = bench.summarise(times, cells=4, device="cuda")
+    assert rows[0]["cells_per_second_median"] is rows[0]["peak_gib"] is None
+    assert all(row["cells_per_second_median"] == 8 and row["peak_gib"] == 2 for row in rows[1:])
+    assert all(set(row["times"].values()) <= {1.0} for row in rows)
+    assert "out of memory" in bench.table(rows)
