@@ -35,15 +35,10 @@ class Work:
 
     @classmethod
     def of(cls, batch: PackedBatch, attention: Literal["generative", "full"]) -> Work:
-        """Count the work of a pack; call it where the batch lies on the CPU, elsewhere it waits for the device.
-
-        A cell of M tokens, K of them known, has M K + (M - K) pairs under the generative mask, and M M under the full.
-        """
-        real = batch.cell_id >= 0
-        length = batch.cu_seqlens.diff()[real].long()  # (N,)
-        known = batch.n_known[real].long()
-        pairs = length * known + length - known if attention == "generative" else length.square()
-        return cls(int(length.sum()), len(length), int((length - known).sum()), int(pairs.sum()))
+        """Return the work of a pack."""
+        sizes = batch.sizes
+        pairs = sizes.generative_pairs if attention == "generative" else sizes.full_pairs
+        return cls(sizes.tokens, sizes.cells, sizes.unknown, pairs)
 
     @classmethod
     def of_cell(cls, tokens: int, known: int, attention: Literal["generative", "full"]) -> Work:
@@ -74,15 +69,15 @@ def forward_flops(network: nn.Module, work: Work, heads: Iterable[str] | None = 
 
 
 def backbone_flops(backbone: nn.Module, work: Work) -> float:
-    """Return the FLOPs of everything but the heads: all its linear layers on every token, and attention.
+    """Return the FLOPs of everything but the heads: the blocks' linear layers on every token, and attention.
 
-    A layer whose result is replaced on unknown genes (value encoder, output projection with
-    `unknown_output_projection: false`) counts on every token all the same, as in the literature's 6 N per token.
+    The value encoder is left out: bins are few, and each is encoded once per pack. The output projection counts on
+    every token, also where `unknown_output_projection: false` replaces its result: 6 N per token, as in the literature.
     """
     model: Any = backbone
     # per pair, layer and channel: a product for the logit, a product for the value
     attention = sum(4.0 * block.out_proj.in_features * work.pairs for block in model.blocks)
-    return attention + work.tokens * linear_flops(backbone)
+    return attention + work.tokens * linear_flops(model.blocks)
 
 
 def head_flops(head: nn.Module, work: Work) -> float:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from scfm.ceiling import product_type
 from scfm.errors import ScfmError
 from scfm.flops import DEVICES, Work, training_flops
 from scfm.memory import ADAM_STATES, Memory, Place, Precision, memory_of
 from scfm.model import MODELS
-from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import Recipe, TaskConfig, check
 from scfm.workload import Cells, Packs, cells_of, mean_work, packs_of, schedule_of
@@ -246,9 +246,10 @@ def memory_plan(
 ) -> tuple[Memory, float, int]:
     """Return the memory of a step, that of the device, and the largest `tokens_per_pack` that fits into it."""
     kind = "cpu" if device == "cpu" else "cuda"
-    backend, _ = pick_backend(kind, recipe.model.backend)
+    slow = kind == "cuda" and product_type(recipe.trainer.precision) == torch.float32  # flash kernels take 16 bits
+    dense = recipe.model.backend == "dense" or (recipe.model.backend == "auto" and slow)
     longest = int(cells.lengths.max())
-    at = Place(Precision.of(recipe.trainer.precision), 0 if kind == "cpu" else 1, backend == "dense", longest)
+    at = Place(Precision.of(recipe.trainer.precision), 0 if kind == "cpu" else 1, dense, longest)
     views = max((objective.views for objective in objectives if objective.scope == "global"), default=1)
     passes = views + sum(objective.needs_second_pass for objective in objectives)
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from scfm.ceiling import matmul_ceiling, product_type
 from scfm.data.batch import PackedBatch
 from scfm.flops import Work, training_flops
-from scfm.model.layers import Linear
 from scfm.objectives import Objective
 from scfm.recipe import Recipe
 from scfm.training.launch import build_trainer
@@ -50,21 +50,6 @@ class Rate:
     steps: int
 
 
-def matmul_ceiling(low: bool, size: int = 2048, seconds: float = CEILING_SECONDS) -> float:
-    """Return the median FLOP/s of square matrix products on this CPU, in bfloat16 or float32, scfm's own kernels."""
-    kind = torch.bfloat16 if low else torch.float32
-    layer, x = Linear(size, size, bias=False).to(kind), torch.randn(size, size, dtype=kind)
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    with torch.no_grad():
-        layer(x)
-        while not taken or time.perf_counter() < end:
-            start = time.perf_counter()
-            layer(x)
-            taken.append(time.perf_counter() - start)
-    return 2 * size**3 / median(taken)
-
-
 def measure(
     recipe: Recipe, network: nn.Module, objectives: Sequence[Objective], lengths: NDArray[np.int32], pack_tokens: int
 ) -> Rate:
@@ -77,8 +62,7 @@ def measure(
         lengths: (n,) tokens of the cells that the pack should resemble.
         pack_tokens: tokens of a pack in the run; the timed one has no more.
     """
-    low = "16" in str(recipe.trainer.precision)
-    ceiling = matmul_ceiling(low)
+    ceiling = matmul_ceiling("cpu", product_type(recipe.trainer.precision), size=2048, seconds=CEILING_SECONDS)
     all_active: list[Any] = [replace(objective, start_step=0) for objective in objectives]  # type: ignore[type-var]
     mean = float(lengths.mean())
 

@@ -160,11 +160,18 @@ class OptimizerConfig:
 
 @dataclass
 class TrainerConfig:
-    """Options of `lightning.Trainer`, by its own names.
+    """Options of `lightning.Trainer`, by its own names, and the first two of ours.
 
     Gradient accumulation and clipping are not among them: they follow from `data.cells_per_batch`,
     `data.tokens_per_pack` and `optimizer.clip`. Callbacks, loggers and plugins are objects, not values of a recipe.
+
+    Args:
+        compile: Compile each transformer block with `torch.compile`: minutes at the start, then fused kernels (GPUs).
+        gradient_checkpointing: Recompute each block in the backward: a fraction of the memory for a third more time.
     """
+
+    compile: bool = False
+    gradient_checkpointing: bool = False
 
     accelerator: str = "auto"
     strategy: str = "auto"

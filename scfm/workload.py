@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.data.packing import deal
+from scfm.data.packing import deal, filled_length
 from scfm.data.shards import open_shards, read_manifest
 from scfm.errors import ScfmError
 from scfm.flops import Work
@@ -112,7 +112,8 @@ def packs_of(recipe: Recipe, cells: Cells, processes: int) -> Packs:
     sizes = [int(drawn[pack].sum()) for rank in seats for pack in rank]
     if not data.fill_packs:
         return Packs(len(seats[0]), max(sizes), 0)
-    return Packs(len(seats[0]), data.tokens_per_pack, len(sizes) * data.tokens_per_pack - sum(sizes))
+    size = filled_length(drawn, seats, data.tokens_per_pack)
+    return Packs(len(seats[0]), size, len(sizes) * size - sum(sizes))
 
 
 def schedule_of(recipe: Recipe, train_cells: int | None) -> tuple[int | None, float]:

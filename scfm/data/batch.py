@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-POSITIONS = ("predicted", "real_positions")
+KNOWN_BY_THE_LOADER = ("predicted", "real_positions", "sizes")
+
+
+class Sizes(NamedTuple):
+    """What the real cells of a pack amount to: tokens, cells, unknown genes, and pairs of a query and a key it sees."""
+
+    tokens: int
+    cells: int
+    unknown: int
+    generative_pairs: int
+    full_pairs: int
 
 
 @dataclass
@@ -94,6 +104,13 @@ class PackedBatch:
         """(R,) int64 positions of the cells that are no pseudo-cells."""
         return self.real_cells.nonzero()[:, 0]
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of a cell of M tokens, K of them known, M K + (M - K) pairs under the generative mask, M M under the full."""
+        length, known = self.lengths[self.real_cells], self.n_known[self.real_cells].long()
+        parts = (length, torch.ones_like(length), length - known, length * known + length - known, length.square())
+        return Sizes(*(int(part.sum()) for part in parts))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on another device."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -114,5 +131,6 @@ class PackedBatch:
 
         batch = PackedBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
         # counting on a GPU would make the host wait for it
-        batch.__dict__ |= {name: move(self.__dict__[name]) for name in POSITIONS if name in self.__dict__}
+        known = {name: self.__dict__[name] for name in KNOWN_BY_THE_LOADER if name in self.__dict__}
+        batch.__dict__ |= {name: moved(value) for name, value in known.items()}
         return batch

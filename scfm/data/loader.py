@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scfm.data.batch import PackedBatch
+from scfm.data.batch import PackedBatch, Sizes
 from scfm.data.order import CellOrder
-from scfm.data.packing import deal, positions_of
+from scfm.data.packing import deal, filled_length, positions_of
 from scfm.data.store import CellStore
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
@@ -105,8 +105,8 @@ class PackLoader:
 
         # The cells of all packs in a row, -1 for a pseudo-cell; every pack is a slice of the arrays over them.
         rooms = [self._rooms(int(lengths[pack].sum()), size) for pack in packs]
-        seats = [np.append(pack, [-1] * len(room)) for pack, room in zip(packs, rooms, strict=True)]
-        cells = np.concatenate(seats).astype(np.int64)
+        seats = [np.append(pack, np.full(len(room), -1)) for pack, room in zip(packs, rooms, strict=True)]
+        cells = np.concatenate(seats)
         real = cells >= 0
         sizes = lengths[cells].astype(np.int64)
         sizes[~real] = [tokens for room in rooms for tokens in room]
@@ -152,6 +152,9 @@ class PackLoader:
             )
             batch.predicted = torch.from_numpy(positions_of(batch.cu_seqlens.numpy(), n_known[inside], real[inside]))
             batch.real_positions = torch.from_numpy(np.flatnonzero(real[inside]))
+            length, hidden = sizes[inside][real[inside]], n_unknown[seat[seat >= 0]].astype(np.int64)
+            pairs = int((length * (length - hidden) + hidden).sum()), int(np.square(length).sum())
+            batch.sizes = Sizes(int(length.sum()), len(length), int(hidden.sum()), *pairs)
             batches.append(batch.pin_memory() if self.pin_memory else batch)
             first = inside.stop
         return batches
@@ -164,16 +167,6 @@ class PackLoader:
         room = max(size - tokens, 0 if tokens else 1)
         longest = self.tokeniser.longest
         return [longest] * (room // longest) + ([room % longest] if room % longest else [])
-
-
-def filled_length(lengths: NDArray[np.int32], plan: list[list[NDArray[np.int64]]], tokens_per_pack: int) -> int:
-    """Return the tokens that every pack of a global batch, on every rank, is filled to.
-
-    Enough for the largest, and rounded up to 1/64 of the budget: over a run there are few lengths.
-    """
-    largest = max(int(lengths[pack].sum()) for packs in plan for pack in packs)
-    step = max(tokens_per_pack // 64, 1)
-    return min(-(-max(largest, 1) // step) * step, tokens_per_pack)
 
 
 def _as_tensors(arrays: Mapping[str, NDArray]) -> dict[str, torch.Tensor]:

@@ -43,6 +43,16 @@ def deal(lengths: NDArray[np.int32], world_size: int, tokens_per_pack: int) -> l
     return [[cells[pack] for pack in largest_first[:, rank]] for rank in range(world_size)]
 
 
+def filled_length(lengths: NDArray[np.int32], plan: list[list[NDArray[np.int64]]], tokens_per_pack: int) -> int:
+    """Return the tokens that every pack of a global batch, on every rank, is filled to.
+
+    Enough for the largest, and rounded up to 1/64 of the budget: over a run there are few lengths.
+    """
+    largest = max(int(lengths[pack].sum()) for packs in plan for pack in packs)
+    step = max(tokens_per_pack // 64, 1)
+    return min(-(-max(largest, 1) // step) * step, tokens_per_pack)
+
+
 @njit(nogil=True, cache=True)
 def _deal_greedily(
     lengths: NDArray[np.int32], longest_first: NDArray[np.int64], n_packs: int, tokens_per_pack: int

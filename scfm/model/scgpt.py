@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
@@ -43,7 +44,11 @@ class ModelOutput:
 
 
 class Backbone(nn.Module):
-    """All of the model but its heads."""
+    """All of the model but its heads.
+
+    Attributes:
+        recompute: whether the backward computes each block again rather than keeping what it needs.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class Backbone(nn.Module):
             InputNorm(width, n_domains, config.input_norm == "batch") if config.input_norm != "none" else None
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.recompute = False
 
     def forward(self, batch: PackedBatch, cell_prompt: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gene embeddings (T, D), the transformer's output (T, D) and the cell embeddings (N, D)."""
@@ -90,7 +96,10 @@ class Backbone(nn.Module):
         x = self.embed(genes, batch, counted, cell_prompt)
         attention = self.attention(batch, padded=counted is not None)
         for block in self.blocks:
-            x = block(x, attention, batch.unknown_mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, attention, batch.unknown_mask, use_reentrant=False)
+            else:
+                x = block(x, attention, batch.unknown_mask)
         return genes, x, self.pool(x, batch, counted)
 
     def attention(self, batch: PackedBatch, padded: bool) -> Attention:

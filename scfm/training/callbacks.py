@@ -13,8 +13,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scfm.data.batch import PackedBatch
-from scfm.training.datamodule import CellDataModule
 from scfm.training.module import FoundationModule, Metrics, add
+from scfm.training.throughput import Throughput
 
 METRICS_HEADER = ["step", "metric", "value"]
 
@@ -74,26 +74,25 @@ def read_metrics(path: Path) -> list[tuple[int, str, float]]:
 
 
 class Progress(L.Callback):
-    """Prints and logs one line every few steps: step, loss parts, rate, cells/s, tokens/s, data-wait, time left.
+    """Prints and logs one line every few steps: step, loss parts, rate, throughput, time left.
 
     Args:
         log: text file that receives the same lines.
         every: optimizer steps between two lines.
+        throughput: counts the steps; stands before this one among the callbacks.
     """
 
-    def __init__(self, log: Path, every: int) -> None:
-        self.log_file, self.every = log, every
+    def __init__(self, log: Path, every: int, throughput: Throughput) -> None:
+        self.log_file, self.every, self.throughput = log, every, throughput
         self.reset()
 
     def reset(self) -> None:
         self.sums: Metrics = {}
-        self.steps = self.cells = self.tokens = 0
-        self.since = time.perf_counter()
+        self.steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.first_step, self.started = trainer.global_step, time.perf_counter()
         self.total = int(trainer.estimated_stepping_batches)
-        self.waited = 0.0
         self.reset()
 
     def on_train_batch_end(
@@ -102,32 +101,25 @@ class Progress(L.Callback):
         assert isinstance(pl_module, FoundationModule)
         add(self.sums, pl_module.step_metrics)
         self.steps += 1
-        self.cells += batch[0].total_cells
-        self.tokens += sum(pack.n_tokens for pack in batch) * trainer.world_size
         if trainer.global_step % self.every == 0 or trainer.global_step >= self.total:
             self.report(trainer, pl_module)
 
     def report(self, trainer: L.Trainer, module: FoundationModule) -> None:
         """Average since the last line, over ranks and steps; the only place that waits for the device."""
         metrics = {name: float(value) / self.steps for name, value in module.sum_over_ranks(self.sums).items()}
-        seconds = time.perf_counter() - self.since
-        waited = self.data_wait(trainer)
-        speed = {
-            "cells_per_second": self.cells / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "data_wait": max(0.0, waited - self.waited) / seconds,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-        }
-        self.waited = waited
+        speed = self.throughput.figures(trainer, module)
+        speed["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{k}": v for k, v in (metrics | speed).items()}, step=trainer.global_step)
         pace = (time.perf_counter() - self.started) / (trainer.global_step - self.first_step)
+        share = f" ({speed['mfu']:.0%} MFU)" if "mfu" in speed else ""
         parts = "  ".join(f"{name} {metrics[name]:.4g}" for name in sorted(metrics, key=lambda n: n != "loss"))
         self.say(
             trainer,
             f"step {trainer.global_step}/{self.total}  {parts}  lr {speed['learning_rate']:.2g}  "
             f"{speed['cells_per_second']:,.0f} cells/s  {speed['tokens_per_second']:,.0f} tokens/s  "
-            f"wait {speed['data_wait']:.1%}  eta {clock(pace * (self.total - trainer.global_step))}",
+            f"{speed['tflops']:.3g} TFLOP/s{share}  wait {speed['data_wait']:.1%}  empty {speed['empty']:.1%}  "
+            f"eta {clock(pace * (self.total - trainer.global_step))}",
         )
         self.reset()
 
@@ -137,12 +129,6 @@ class Progress(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=trainer.global_step)
             self.say(trainer, f"step {trainer.global_step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
-
-    @staticmethod
-    def data_wait(trainer: L.Trainer) -> float:
-        """Seconds that this rank has waited for batches so far."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        return data.loader.packs.wait_seconds if isinstance(data, CellDataModule) and data.loader else 0.0
 
     def say(self, trainer: L.Trainer, line: str) -> None:
         if trainer.is_global_zero:

@@ -18,6 +18,7 @@ from scfm.recipe import Recipe
 
 # Every rank runs the same objectives on every step, so all parameters get a gradient, and no buffer ever differs
 DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False, "find_unused_parameters": False}
+OURS = ("compile", "gradient_checkpointing")  # keys of the trainer section that Lightning does not know
 DDP_START = {"ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn", "ddp_notebook": "fork"}
 
 
@@ -30,7 +31,7 @@ def strategy_of(name: str) -> str | Strategy:
 
 def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
     """Return the Trainer of a recipe; `objects` are the callbacks, loggers and folders that a recipe cannot hold."""
-    options = {key: value for key, value in asdict(recipe.trainer).items() if value is not None}
+    options = {key: value for key, value in asdict(recipe.trainer).items() if value is not None and key not in OURS}
     if options["max_steps"] == -1 and "max_epochs" not in options and "max_time" not in options:
         raise ScfmError("trainer: says nowhere when to stop; give trainer.max_steps or trainer.max_epochs")
     devices = torch.cuda.device_count() if options["devices"] == "auto" else options["devices"]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from scfm.baselines.mean_value import baselines_of, mean_value_losses
+from scfm.ceiling import product_type
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.conditions import read_gene_condition
@@ -28,7 +29,7 @@ from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import Recipe, check
+from scfm.recipe import Recipe, TrainerConfig, check
 from scfm.training.callbacks import (
     FinalValidation,
     MetricsCsv,
@@ -41,6 +42,7 @@ from scfm.training.datamodule import CellDataModule, Rows
 from scfm.training.launch import build_trainer
 from scfm.training.module import FoundationModule
 from scfm.training.rundir import RunDirectory, is_main_process, open_run
+from scfm.training.throughput import Throughput
 
 
 @dataclass
@@ -118,12 +120,14 @@ def fit(job: Job, run: RunDirectory) -> Path:
     data = CellDataModule(
         job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
     )
+    set_up_blocks(job.network, recipe.trainer)
     module = FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed)
     validates = len(job.valid_rows) > 0
     newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
     best = best_checkpoint(run.checkpoints)
-    progress = Progress(run.log, recipe.trainer.log_every_n_steps)
-    callbacks = [FinalValidation(), progress, newest, *([best] if validates else [])]
+    throughput = Throughput()
+    progress = Progress(run.log, recipe.trainer.log_every_n_steps, throughput)
+    callbacks = [FinalValidation(), throughput, progress, newest, *([best] if validates else [])]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
@@ -157,8 +161,8 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     """Say what is about to run: sizes, cells, device, attention backend and why that one."""
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
-    model, precision = job.recipe.model, str(trainer.precision)
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16 if "16" in precision else torch.float32
+    model = job.recipe.model
+    dtype = product_type(str(trainer.precision))
     backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend)
     return (
         f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
@@ -219,6 +223,21 @@ def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
             raise ScfmError(f"trainable: {pattern!r} matches no parameter; they are named like {names[:3]} ...")
     for name, parameter in network.named_parameters():
         parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def set_up_blocks(network: nn.Module, config: TrainerConfig) -> None:
+    """Compile the blocks of a network, and let them recompute what the backward needs, as the recipe says.
+
+    Each block by itself compiles in a fraction of the time of the whole, and parameters keep their names. Lengths and
+    numbers of cells are symbols, so that no pack compiles them again.
+    """
+    backbone: Any = getattr(network, "backbone", None)
+    if backbone is None:
+        return
+    backbone.recompute = config.gradient_checkpointing
+    if config.compile:
+        for block in backbone.blocks:
+            block.compile(fullgraph=True, dynamic=True)
 
 
 def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:

@@ -280,7 +280,9 @@ def main() -> None:
     print(table(rows))
     about = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu, one thread",
-        "scfm_attention": pick_backend(options.device)[0],
+        "scfm_attention": pick_backend(options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)[
+            0
+        ],
         "shape": asdict(shape),
         "unknown_share": UNKNOWN_SHARE,
         "repeats": options.repeats,

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from scfm.data.batch import PackedBatch
-from scfm.data.loader import PackLoader, filled_length
+from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
-from scfm.data.packing import deal
+from scfm.data.packing import deal, filled_length
 from scfm.data.store import CellBlock, CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.data.vocabulary import Gene, Vocabulary
