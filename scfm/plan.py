@@ -27,8 +27,8 @@ from scfm.workload import Cells, Packs, cells_of, mean_work, packs_of, schedule_
 ASSUMED_MFU = 0.38
 USABLE = 0.9  # share of a device's memory; the rest goes to the driver's context and to fragmentation
 HEAP = (
-    "memory: what is alive at the fullest moment; the process took 1.1 to 1.3 times that in its first steps, and up to "
-    "3 times later on, for the heap fragments where packs differ in size"
+    "memory: what is alive at the fullest moment; measured processes held 1.05 to 1.3 times that in their first steps, "
+    "and a run of 20 steps 3 times (probably a fragmented heap)"
 )
 OPTIMIZER_TRAFFIC = 7  # numbers that AdamW moves per weight: reads weight, gradient, two states; writes all but one
 
