@@ -65,17 +65,18 @@ def test_filling_costs_time_but_is_no_model_flop() -> None:
     assert filled.flops_per_cell == bare.flops_per_cell
     assert filled.seconds > bare.seconds  # type: ignore[operator]
     real = 512 * 1200
-    assert filled.packs.filling == filled.packs.rounds * 65_536 - real
+    assert filled.packs.filling == filled.packs.rounds * filled.packs.tokens - real < 0.02 * real
     assert bare.packs.filling == 0
-    assert bare.packs.tokens < filled.packs.tokens == 65_536
+    assert bare.packs.tokens < filled.packs.tokens <= 65_536
 
 
 def test_the_largest_pack_fits_and_the_next_does_not() -> None:
     small = plan_of(whole_human(), "rtx4090")
     assert small.largest_pack % 1024 == 0
     budget = USABLE * DEVICES["rtx4090"].memory
-    fits = plan_of(whole_human(data={"tokens_per_pack": small.largest_pack}), "rtx4090")
-    over = plan_of(whole_human(data={"tokens_per_pack": small.largest_pack + 2048}), "rtx4090")
+    many = {"cells_per_batch": 20_000}  # so that packs are full
+    fits = plan_of(whole_human(data={"tokens_per_pack": small.largest_pack, **many}), "rtx4090")
+    over = plan_of(whole_human(data={"tokens_per_pack": small.largest_pack + 4096, **many}), "rtx4090")
     assert fits.memory["total"] <= budget < over.memory["total"]
     wide = whole_human(model={"width": 4096, "hidden": 16384, "layers": 48})
     assert plan_of(wide, "rtx4090").largest_pack == 0

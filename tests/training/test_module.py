@@ -140,7 +140,7 @@ def test_losses_between_cells_are_pulled_through_packs_exactly(name: str) -> Non
     class Pack:
         def __init__(self, index: int) -> None:
             self.index, self.n_cells = index, len(cells[index])
-            self.real_cells = torch.ones(self.n_cells, dtype=torch.bool)
+            self.real_positions = torch.arange(self.n_cells)
 
     class Fixed(torch.nn.Module):
         def forward(self, pack: Pack) -> object:
