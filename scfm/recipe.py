@@ -97,7 +97,9 @@ class ModelConfig:
     value_encoder: Literal["continuous", "category", "scaling"] = "continuous"
     attention: Literal["generative", "full"] = "generative"
     unknown_output_projection: bool = True
-    backend: Literal["auto", "flash", "flash_attn_2", "flash_attn_3", "flex", "flash_cpu", "dense"] = "auto"
+    backend: Literal["auto", "flash", "flash_attn_2", "flash_attn_3", "flex", "flash_cpu", "blocks_cpu", "dense"] = (
+        "auto"
+    )
     cell_embedding: Literal["cls", "mean", "weighted"] = "cls"
     cell_conditions: list[str] = field(default_factory=list)
     input_norm: Literal["none", "batch", "domain"] = "none"

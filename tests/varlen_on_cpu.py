@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scfm.model.attention import exact, varlen_attention, varlen_attention_backward
+from scfm.model.attention import varlen_attention, varlen_attention_backward
+from scfm.model.attention_cpu import exact
 
 
 def sequences(cu_q: Tensor, cu_k: Tensor, longest: int) -> list[tuple[slice, slice]]:

@@ -32,7 +32,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import custom_op
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -40,6 +39,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
+from scfm.model.attention_cpu import (
+    block_attention,
+    cell_attention,
+    exact,
+    has_bf16_products,
+    merge,
+    pairs_of,
+    self_gradient,
+    self_logit,
+)
 
 Mode = Literal["generative", "full"]
 Attention = Callable[[Tensor], Tensor]  # queries, keys and values (T, 3, H, d) -> (T, H, d)
@@ -98,154 +107,19 @@ class AttentionLayout:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the self key, for every flash backend: shapes (..., d) and (...)
-
-
-def merge(v: Tensor, o: Tensor, lse: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Add a self key of logit s to attention over other keys; return output, log-sum-exp and the self key's weight."""
-    total = torch.logaddexp(lse, s)
-    p = (s - total).exp()
-    return o * (lse - total).exp().unsqueeze(-1) + p.unsqueeze(-1) * v, total, p
-
-
-def self_logit(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (q.to(dtype) * k).sum(-1) * scale
-
-
-def self_gradient(qkv: tuple[Tensor, ...], o: Tensor, p: Tensor, d_o: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Return what the self key, of weight p, adds to the gradients of q, k and v."""
-    q, k, v = qkv
-    d_o, p = d_o.to(p.dtype), p.unsqueeze(-1)
-    ds = (d_o * v - d_o * o).sum(-1, keepdim=True) * p * scale
-    return ds * k, ds * q, p * d_o
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CPU: torch's flash kernels cell by cell; the merge touches the unknown rows only
+# CPU kernels, cell by cell
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring cells of one length and one number of visible keys: one kernel call serves them all."""
-
-    start: int
-    cells: int
-    length: int
-    keys: int
-
-    def heads_first(self, x: Tensor) -> Tensor:
-        """View the run's rows of a packed tensor, (T, H, ...) -> (cells, H, length, ...)."""
-        rows = x[self.start : self.start + self.cells * self.length]
-        return rows.unflatten(0, (self.cells, self.length)).transpose(1, 2)
-
-
-def runs_of(cu_seqlens: Tensor, n_keys: Tensor) -> list[Run]:
-    """Return the runs of a pack, in order."""
-    runs: list[Run] = []
-    bounds = cu_seqlens.tolist()
-    for start, stop, keys in zip(bounds, bounds[1:], n_keys.tolist(), strict=False):
-        last = runs[-1] if runs else None
-        if last and (last.length, last.keys) == (stop - start, keys):
-            runs[-1] = Run(last.start, last.cells + 1, last.length, keys)
-        else:
-            runs.append(Run(start, 1, stop - start, keys))
-    return runs
-
-
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which softmax statistics are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@custom_op("scfm::cell_attention", mutates_args=(), device_types="cpu")
-def cell_attention(
-    qkv: Tensor, cu_seqlens: Tensor, n_keys: Tensor, self_key: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output (T, H, d), the log-sum-exp (T, H) and the self keys' weights (T, H; on unknown rows only)."""
-    out = qkv.new_empty(len(qkv), *qkv.shape[2:])  # (T, H, d)
-    lse = qkv.new_empty(out.shape[:2], dtype=exact(qkv.dtype))  # (T, H)
-    p_self = torch.empty_like(lse)
-    for run in runs_of(cu_seqlens, n_keys):
-        q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
-        m = run.keys
-        o, total = aten._scaled_dot_product_flash_attention_for_cpu(q, k[:, :, :m], v[:, :, :m], scale=scale)
-        if self_key and m < run.length:
-            own = q[:, :, m:], k[:, :, m:], v[:, :, m:]
-            s = self_logit(own[0], own[1], scale, lse.dtype)
-            o[:, :, m:], total[:, :, m:], p = merge(own[2], o[:, :, m:], total[:, :, m:], s)
-            run.heads_first(p_self)[:, :, m:] = p
-        run.heads_first(out).copy_(o)
-        run.heads_first(lse).copy_(total)
-    return out, lse, p_self
-
-
-@custom_op("scfm::cell_attention_backward", mutates_args=(), device_types="cpu")
-def cell_attention_backward(
-    d_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    p_self: Tensor,
-    cu_seqlens: Tensor,
-    n_keys: Tensor,
-    self_key: bool,
-    scale: float,
-) -> Tensor:
-    """Return the gradient of queries, keys and values, (T, 3, H, d)."""
-    d_out, d_qkv = d_out.contiguous(), torch.empty_like(qkv)
-    for run in runs_of(cu_seqlens, n_keys):
-        q, k, v = (run.heads_first(x) for x in qkv.unbind(1))  # (cells, H, length, d)
-        dq, dk, dv = (run.heads_first(x) for x in d_qkv.unbind(1))
-        do, o, m = run.heads_first(d_out), run.heads_first(out), run.keys
-        known = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k[:, :, :m], v[:, :, :m], o, run.heads_first(lse), 0.0, False, scale=scale
-        )
-        for mine, theirs in zip((dq, dk[:, :, :m], dv[:, :, :m]), known, strict=True):
-            mine.copy_(theirs)
-        if self_key and m < run.length:
-            own = q[:, :, m:], k[:, :, m:], v[:, :, m:]
-            added = self_gradient(own, o[:, :, m:], run.heads_first(p_self)[:, :, m:], do[:, :, m:], scale)
-            dq[:, :, m:] += added[0]
-            dk[:, :, m:], dv[:, :, m:] = added[1:]
-        else:
-            dk[:, :, m:], dv[:, :, m:] = 0, 0
-    return d_qkv
-
-
-@cell_attention.register_fake
-def _(qkv: Tensor, cu_seqlens: Tensor, n_keys: Tensor, self_key: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = qkv.new_empty((qkv.shape[0], qkv.shape[2]), dtype=exact(qkv.dtype))
-    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:]), statistics, torch.empty_like(statistics)
-
-
-@cell_attention_backward.register_fake
-def _(d_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(qkv)
-
-
-class _CellAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, n_keys: Tensor, self_key: bool, scale: float) -> Tensor:
-        out, lse, p_self = torch.ops.scfm.cell_attention(qkv, cu_seqlens, n_keys, self_key, scale)
-        ctx.save_for_backward(qkv, out, lse, p_self, cu_seqlens, n_keys)
-        ctx.self_key, ctx.scale = self_key, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_qkv = torch.ops.scfm.cell_attention_backward(grads[0], *ctx.saved_tensors, ctx.self_key, ctx.scale)
-        return d_qkv, None, None, None, None
-
-
-@dataclass(frozen=True)
-class FlashCPU:
-    """torch's CPU flash kernels on the visible keys, merged with each unknown gene's self key."""
+class Cells:
+    """A CPU kernel on the cells of a pack; see `scfm.model.attention_cpu`."""
 
     layout: AttentionLayout
+    kernel: Callable[[Tensor, Tensor, Tensor, bool, float], Tensor]
 
     def __call__(self, qkv: Tensor, scale: float | None = None) -> Tensor:
         layout = self.layout
-        return _CellAttention.apply(qkv, layout.cu_seqlens, layout.n_keys, layout.self_key, default(scale, qkv))
+        return self.kernel(qkv, layout.cu_seqlens, layout.n_keys, layout.self_key, default(scale, qkv))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,23 +246,6 @@ class Varlen:
         return _VarlenAttention.apply(qkv, self.cu_q, self.cu_k, self.hidden, self.longest, scale, self.kernel)
 
 
-def pairs_of(n_tokens: int, queries: Tensor, keys: Tensor) -> int:
-    """Return the query-key pairs of sequences; of fake tensors, as if they were equally long and all keys visible."""
-    if isinstance(queries, FakeTensor) or queries.device.type == "meta":
-        return n_tokens * -(-n_tokens // len(keys))
-    return int((queries.long() * keys).sum())
-
-
-@register_flop_formula(torch.ops.scfm.cell_attention, get_raw=True)
-def _(qkv: Tensor, cu: Tensor, n_keys: Tensor, *_: Any, **__: Any) -> int:
-    return 4 * pairs_of(len(qkv), cu.diff(), n_keys) * qkv.shape[2] * qkv.shape[3]
-
-
-@register_flop_formula(torch.ops.scfm.cell_attention_backward, get_raw=True)
-def _(d: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, p: Tensor, cu: Tensor, n_keys: Tensor, *_: Any, **__: Any) -> int:
-    return 10 * pairs_of(len(qkv), cu.diff(), n_keys) * qkv.shape[2] * qkv.shape[3]
-
-
 @register_flop_formula(torch.ops.scfm.varlen_attention, get_raw=True)
 def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: Any, **__: Any) -> int:
     return 4 * pairs_of(len(q), cu_q.diff(), cu_k.diff()) * q.shape[1] * q.shape[2]
@@ -497,7 +354,8 @@ BACKENDS: dict[str, Callable[[AttentionLayout], Attention]] = {
     "flash_attn_2": varlen("flash_attn_2"),
     "flash_attn_3": varlen("flash_attn_3"),
     "flex": Flex.of,
-    "flash_cpu": FlashCPU,
+    "flash_cpu": lambda layout: Cells(layout, cell_attention),
+    "blocks_cpu": lambda layout: Cells(layout, block_attention),
     "dense": lambda layout: Dense(*layout.padded),
 }
 PACKAGES = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_interface"}
@@ -521,6 +379,8 @@ def pick_backend(
     if asked != "auto" and asked not in BACKENDS:
         raise ScfmError(f"model.backend: there is no {asked!r}; choose from {', '.join(['auto', *BACKENDS])}")
     if asked == "auto":
+        if device.type == "cpu" and why_not("blocks_cpu", device, dtype, head_width) is None:
+            return "blocks_cpu", "bf16 products of blocks that stay in the cache"
         if device.type == "cpu":
             return "flash_cpu", "torch's CPU flash kernels, merged with the self key of unknown genes"
         against = why_not("flash", device, dtype, head_width)
@@ -539,8 +399,14 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_width: 
     """Return why a backend cannot run on a device, None where it can."""
     if backend == "dense":
         return None
+    if backend.endswith("_cpu") and device.type != "cpu":
+        return f"does not run on {device.type}"
     if backend == "flash_cpu":
-        return None if device.type == "cpu" else f"does not run on {device.type}"
+        return None
+    if backend == "blocks_cpu":
+        if dtype != torch.bfloat16:
+            return f"needs bf16 (trainer.precision: bf16-mixed), not {dtype}".replace("torch.", "")
+        return None if has_bf16_products() else "needs a CPU with bf16 products"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"does not run on {'ROCm' if device.type == 'cuda' else device.type}"
     if backend == "flex":

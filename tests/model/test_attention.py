@@ -9,9 +9,10 @@ from packs import random_pack
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import scfm.model.attention as attention
 from scfm.errors import ScfmError
-from scfm.model.attention import AttentionLayout, Flex, block_mask, pick_backend, prepare, runs_of
+from scfm.model import attention, attention_cpu
+from scfm.model.attention import AttentionLayout, Flex, block_mask, pick_backend, prepare
+from scfm.model.attention_cpu import runs_of
 
 # (lengths, known): one cell only <cls> known, one all known, one of a single token, two alike (one kernel call)
 CELLS = ([5, 9, 1, 6, 7, 7, 4], [3, 1, 1, 6, 4, 4, 3])
@@ -62,7 +63,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("mode", ["generative", "full"])
 @pytest.mark.parametrize("cells", [CELLS, LONG], ids=["edges", "long"])
-@pytest.mark.parametrize("backend", ["flash", "flash_cpu", "dense"])
+@pytest.mark.parametrize("backend", ["flash", "flash_cpu", "blocks_cpu", "dense"])
 def test_backends_equal_the_definition(backend: str, cells: tuple[list[int], list[int]], mode: str) -> None:
     """Forward and backward; float32 as close as float32 can be. `flash` runs its own code around a stand-in kernel."""
     layout = layout_of(cells, mode)
@@ -75,12 +76,22 @@ def test_backends_equal_the_definition(backend: str, cells: tuple[list[int], lis
             assert relative(got, want) < tolerance
 
 
-@pytest.mark.parametrize("backend", ["flash", "flash_cpu"])
+@pytest.mark.parametrize("backend", ["flash", "flash_cpu", "blocks_cpu"])
 def test_gradcheck(backend: str) -> None:
     """The hand-written backwards against finite differences: <cls> only, all known, one token, mixed."""
     layout = layout_of(([3, 4, 1, 3], [2, 1, 1, 3]))
     qkv = random_qkv(layout)[:, :, :, :2].clone().requires_grad_()  # a narrow head keeps it fast
     assert torch.autograd.gradcheck(prepare(layout, backend), qkv)
+
+
+def test_blocks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and rows of many blocks give what one block gives."""
+    layout = layout_of(LONG)
+    qkv = random_qkv(layout)
+    expected = forward_backward(reference, qkv, layout)
+    monkeypatch.setattr(attention_cpu, "LOGITS_PER_BLOCK", 5_000)
+    for got, want in zip(forward_backward(backend_call("blocks_cpu"), qkv, layout), expected, strict=True):
+        assert relative(got, want) < 1e-14
 
 
 def test_merging_through_a_log_sum_exp_without_gradient_would_be_wrong() -> None:
@@ -139,7 +150,7 @@ def test_a_pack_is_two_sequences_per_cell_for_a_varlen_kernel() -> None:
 def test_nobody_sees_a_hidden_key_of_another_token() -> None:
     """Its gradient is exactly zero, in the rows that the second sequences fill too."""
     layout = layout_of(CELLS)
-    for backend in ("flash", "flash_cpu"):
+    for backend in ("flash", "flash_cpu", "blocks_cpu"):
         qkv = random_qkv(layout).requires_grad_()
         own = prepare(layout, backend)(qkv)[6]  # the second token of the cell in which only <cls> is known
         (grad,) = torch.autograd.grad(own.sum(), qkv)
@@ -185,6 +196,8 @@ def test_operators_keep_torchs_rules(dtype: torch.dtype) -> None:
         torch.ops.scfm.cell_attention: (qkv, *cpu),
         torch.ops.scfm.cell_attention_backward: (out, qkv, out, lse, torch.zeros_like(p), *cpu),
     }
+    calls[torch.ops.scfm.block_attention] = (qkv, *cpu)
+    calls[torch.ops.scfm.block_attention_backward] = (out, qkv, *cpu)
     parts, constants = qkv.unbind(1), (varlen.cu_q, varlen.cu_k, layout.longest, 0.3, "flash")
     out, lse = torch.ops.scfm.varlen_attention(*parts, *constants)
     calls[torch.ops.scfm.varlen_attention] = (*parts, *constants)
@@ -194,7 +207,7 @@ def test_operators_keep_torchs_rules(dtype: torch.dtype) -> None:
         assert set(torch.library.opcheck(operator, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("backend", ["flash", "flash_cpu"])
+@pytest.mark.parametrize("backend", ["flash", "flash_cpu", "blocks_cpu"])
 def test_shapes_flow_without_data(backend: str) -> None:
     """On the meta device, forward and backward, as a plan of a run needs them."""
     layout = layout_of(CELLS)
@@ -205,7 +218,7 @@ def test_shapes_flow_without_data(backend: str) -> None:
     assert (out.shape, grad.shape) == (qkv[:, 0].shape, qkv.shape)
 
 
-@pytest.mark.parametrize("backend", ["flash", "flash_cpu"])
+@pytest.mark.parametrize("backend", ["flash", "flash_cpu", "blocks_cpu"])
 def test_flops_are_those_that_the_mask_asks_for(backend: str) -> None:
     """Two products per visible pair forward, five backward; an unknown gene's own key is left out."""
     layout = layout_of(CELLS)
@@ -223,7 +236,11 @@ BF16 = torch.bfloat16
 def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash wherever its kernels run; the reason is said; what cannot run is refused with the reason."""
     monkeypatch.setattr(attention, "find_spec", lambda package: None)
+    monkeypatch.setattr(attention, "has_bf16_products", lambda: True)
     assert pick_backend("cpu")[0] == "flash_cpu"
+    assert pick_backend("cpu", BF16)[0] == "blocks_cpu"
+    monkeypatch.setattr(attention, "has_bf16_products", lambda: False)
+    assert pick_backend("cpu", BF16)[0] == "flash_cpu"
     assert pick_backend("mps", BF16)[0] == "dense"
     assert pick_backend("cpu", asked="dense") == ("dense", "chosen by model.backend")
     for capability, dtype, width, expected in [
