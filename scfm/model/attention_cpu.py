@@ -243,8 +243,9 @@ def _block_attention_backward(
                 d_p[..., -1] = (do[block].to(d_keys.dtype) * heads.v[block]).sum(-1)
             ds = aten._softmax_backward_data(d_p, p, -1, p.dtype)
             dq[block] = ds @ heads.keys[of]
-            d_keys[of] += ds.mT @ heads.q[block]
-            d_values[of] += p.mT @ do[block]
+            # transposing the narrow factor: oneDNN reorders a transposed left one, which for p takes half of the time
+            d_keys[of] += (heads.q[block].mT @ ds).mT
+            d_values[of] += (do[block].mT @ p).mT
             if heads.self_logits is not None:
                 dq[block] += ds[..., -1:] * heads.k[block]
                 dk[block] = ds[..., -1:] * heads.q[block]
