@@ -69,6 +69,7 @@ class ModelConfig:
         layers: Transformer blocks.
         hidden: Width of the feed-forward layer (scGPT: the same as the width).
         dropout: Dropout of the value encoder and of both residual branches of a block.
+        attention_dropout: Dropout of attention weights; costs several times the speed, for no fast kernel has it.
         norm: `post` (the published models), or `pre`, scGPT's variant whose residual carries the normalised input.
         activation: Activation of the feed-forward layer.
         value_encoder: `continuous` (MLP of the value), `category` (embedding per bin) or `scaling` (gene times value).
@@ -92,6 +93,7 @@ class ModelConfig:
     layers: int = 12
     hidden: int = 512
     dropout: float = 0.2
+    attention_dropout: float = 0.0
     norm: Literal["post", "pre"] = "post"
     activation: Literal["relu", "gelu"] = "relu"
     value_encoder: Literal["continuous", "category", "scaling"] = "continuous"
@@ -291,6 +293,7 @@ def check(recipe: Recipe) -> None:
     data, model = recipe.data, recipe.model
     rules = [
         (model.width % model.heads == 0, f"model.heads: {model.heads} does not divide model.width {model.width}"),
+        (0 <= model.attention_dropout < 1, f"model.attention_dropout: {model.attention_dropout} must lie in [0, 1)"),
         (data.n_bins >= 3, f"data.n_bins: {data.n_bins} is too few; at least 3 (zero, and two bins of values)"),
         (bool(data.mask_ratios), "data.mask_ratios: is empty; [0] hides nothing"),
         (all(0 <= r < 1 for r in data.mask_ratios), f"data.mask_ratios: {data.mask_ratios} must lie in [0, 1)"),

@@ -328,12 +328,15 @@ class Dense:
 
     holds_token: Tensor
     sees: Tensor
+    dropout: float = 0.0
 
     def __call__(self, qkv: Tensor, scale: float | None = None) -> Tensor:
         padded = qkv.new_zeros(*self.holds_token.shape, *qkv.shape[1:])  # (N, L, 3, H, d)
         padded[self.holds_token] = qkv
         q, k, v = padded.permute(2, 0, 3, 1, 4)  # each (N, H, L, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.sees, scale=default(scale, qkv))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.sees, dropout_p=self.dropout, scale=default(scale, qkv)
+        )
         return out.transpose(1, 2)[self.holds_token]  # (T, H, d)
 
 
@@ -363,7 +366,11 @@ active: set[str] = set()  # kernels that stand in for torch's own
 
 
 def pick_backend(
-    device: torch.device | str, dtype: torch.dtype = torch.float32, head_width: int = 64, asked: str = "auto"
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    head_width: int = 64,
+    asked: str = "auto",
+    dropout: float = 0.0,
 ) -> tuple[str, str]:
     """Return the name of the attention backend for a device, and the reason for it in words.
 
@@ -372,12 +379,19 @@ def pick_backend(
         dtype: of queries, keys and values, under autocast its type.
         head_width: width of a head, d.
         asked: `auto`, or a backend.
+        dropout: of attention weights, which flash kernels with a merged self key do not have.
 
     Raises ScfmError if the backend that is asked for does not exist or does not run there.
     """
     device = torch.device(device)
     if asked != "auto" and asked not in BACKENDS:
         raise ScfmError(f"model.backend: there is no {asked!r}; choose from {', '.join(['auto', *BACKENDS])}")
+    if dropout > 0:
+        if asked not in ("auto", "dense"):
+            raise ScfmError(
+                f"model.backend: {asked} cannot drop attention weights; choose auto, or no attention_dropout"
+            )
+        return "dense", "padded cells with a boolean mask, for model.attention_dropout needs the weights"
     if asked == "auto":
         if device.type == "cpu" and why_not("blocks_cpu", device, dtype, head_width) is None:
             return "blocks_cpu", "bf16 products of blocks that stay in the cache"
@@ -426,8 +440,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_width: 
     return None
 
 
-def prepare(layout: AttentionLayout, backend: str) -> Attention:
+def prepare(layout: AttentionLayout, backend: str, dropout: float = 0.0) -> Attention:
     """Return the attention of a pack, to be called by every layer; what the backend needs is laid out once."""
+    if dropout > 0:
+        return Dense(*layout.padded, dropout)
     if layout.cu_seqlens.is_cuda and (backend == "flash_attn_3") != ("FA3" in active):
         if active:
             restore_flash_attention_impl()

@@ -111,7 +111,8 @@ class Backbone(nn.Module):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         head_width = self.config.width // self.config.heads
-        return prepare(layout, pick_backend(weight.device, dtype, head_width, self.config.backend)[0])
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return prepare(layout, pick_backend(weight.device, dtype, head_width, self.config.backend, dropout)[0], dropout)
 
     def embed(self, genes: Tensor, batch: PackedBatch, counted: Tensor | None, cell_prompt: Tensor | None) -> Tensor:
         """Return the input of the first block, (T, D), from the gene embeddings (T, D)."""

@@ -163,7 +163,7 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     parameters = sum(p.numel() for p in job.network.parameters())
     model = job.recipe.model
     dtype = product_type(str(trainer.precision))
-    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend)
+    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend, model.attention_dropout)
     return (
         f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
         f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "

@@ -262,6 +262,9 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_backend(CUDA, BF16, 64, "flash_cpu")
     with pytest.raises(ScfmError, match=r"flash does not run on cpu; choose auto"):
         pick_backend("cpu", asked="flash")
+    assert pick_backend(CUDA, BF16, 64, dropout=0.1)[0] == "dense"
+    with pytest.raises(ScfmError, match=r"flash cannot drop attention weights"):
+        pick_backend(CUDA, BF16, 64, "flash", dropout=0.1)
     with pytest.raises(ScfmError, match=r"no 'fast'; choose from auto, flash, "):
         pick_backend("cpu", asked="fast")
     monkeypatch.setattr(attention, "find_spec", lambda package: package)
