@@ -72,15 +72,13 @@ def bench_embed(
     precisions = ["32"] if precision == "32" else ["32", "bf16"]
     speeds: dict[str, list[float]] = {name: [] for name in precisions}
     found: dict[str, NDArray[np.float32]] = {}
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
     for repeat in range(repeats + 1):
         for name in precisions:  # in turns, so that a machine that slows down slows both down
             start = time.perf_counter()
             found[name] = embeddings(model, store, name, tokens_per_pack)
             if repeat > 0:
                 speeds[name].append(cells / (time.perf_counter() - start))
-    widths = config.width // config.heads
+    head_width = config.width // config.heads
     result: dict[str, Any] = {"cells_per_second": {name: of_rates(values) for name, values in speeds.items()}}
     if precision == "bf16":
         cosine = (found["32"] * found["bf16"]).sum(1, dtype=np.float64)
@@ -88,7 +86,9 @@ def bench_embed(
         result["speed_to_32"] = significant(float(np.median(np.divide(speeds["bf16"], speeds["32"]))))
     return result | {
         "device": device_name(model.device),
-        "attention": {name: pick_backend(model.device, TYPES[name], widths, config.backend)[0] for name in precisions},
+        "attention": {
+            name: pick_backend(model.device, TYPES[name], head_width, config.backend)[0] for name in precisions
+        },
         "weights": recipe.from_model or "fresh",
         "parameters": sum(p.numel() for p in model.network.parameters()),
         "model": {name: getattr(config, name) for name in ("width", "heads", "layers", "hidden", "cell_embedding")},
