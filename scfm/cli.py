@@ -26,9 +26,12 @@ VERBS = {
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "evaluate": ("scfm.evaluation.evaluate:evaluate", "score a model on a task, beside its baselines"),
     "convert": ("scfm.checkpoints.convert:convert", "checkpoints from scGPT to scfm and back"),
-    "bench": ("scfm.bench:bench", "measure scfm itself"),
+    "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
+    "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),
+    "bench train": ("scfm.bench.train:train", "training steps of a recipe: cells per second, MFU, memory"),
+    "bench embed": ("scfm.bench.embed:embed", "inference of a recipe's model: cells per second, bf16 beside fp32"),
 }
-RECIPE_VERBS = ("plan", "pretrain", "finetune")
+RECIPE_VERBS = ("plan", "pretrain", "finetune", "bench train", "bench embed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,19 +43,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(overview())
         return 0
+    verb, rest = split(given)
+    if verb not in VERBS and rest in (["-h"], ["--help"]) and any(name.startswith(f"{verb} ") for name in VERBS):
+        print(overview(f"{verb} "))
+        return 0
     try:
-        passed = run(given[0], given[1:])
+        passed = run(verb, rest)
     except ScfmError as error:
         print(f"scfm: {error}", file=sys.stderr)
         return 2
     return 0 if passed else 1
 
 
-def overview() -> str:
-    """Return the verbs, a line each."""
-    lines = [f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items()]
+def split(given: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the verb that a command line begins with, which may be of two words, and the rest."""
+    words = 2 if " ".join(given[:2]) in VERBS else 1
+    return " ".join(given[:words]), list(given[words:])
+
+
+def overview(beginning: str = "") -> str:
+    """Return the verbs, or those with a beginning, a line each."""
+    lines = [f"  {verb:<17}{what}" for verb, (_, what) in VERBS.items() if verb.startswith(beginning)]
     purpose = "Single-cell foundation models: train, fine-tune, score and export."
-    return "\n".join(["usage: scfm VERB ...", "", purpose, "", *lines, "", "scfm VERB --help shows its options."])
+    closing = "scfm VERB --help shows its options."
+    return "\n".join([f"usage: scfm {beginning or 'VERB '}...", "", purpose, "", *lines, "", closing])
 
 
 def run(verb: str, arguments: Sequence[str]) -> bool:

@@ -17,7 +17,6 @@ from scfm.data.batch import PackedBatch
 from scfm.data.hashing import profile_hashes
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
-from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
@@ -182,6 +181,8 @@ class PretrainedModel:
 
     def store(self, adata: AnnData, accept_normalised: bool = False, genes: GeneTable | None = None) -> CellStore:
         """Return the cells in the model's vocabulary."""
+        from scfm.data.sources import store_from_anndata
+
         accepted = accept_normalised or self.files.value_kind == "normalised"
         return store_from_anndata(adata, self.files.vocabulary, accept_normalised=accepted, genes=genes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -70,17 +71,22 @@ def parse_recipe(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Return the recipe of a command line, and the options that its verb's function takes besides.
 
-    A recipe with a `from` key defaults to that model's own shape and tokenisation.
+    A recipe with a `from` key defaults to that model's own shape and tokenisation. An option of the verb that bears the
+    name of a key (`out`) takes its place on the command line; in a file it is the key.
     """
     from jsonargparse import ArgumentError
 
     hints, helps, own = get_type_hints(action), described(action), dict(signature(action).parameters)
     del own["recipe"]
+    in_place = [name for name in own if hasattr(Recipe(), name)]
 
     def parser_on(base: Recipe) -> ArgumentParser:
         parser = recipe_parser(base, prog=program, description=description)
         for name in own:
-            parser.add_argument(f"--{name}", type=hints[name], default=own[name].default, help=helps[name])
+            if name in in_place:
+                next(option for option in parser._actions if option.dest == name).help = helps[name]
+            else:
+                parser.add_argument(f"--{name}", type=hints[name], default=own[name].default, help=helps[name])
         return parser
 
     def parse(parser: ArgumentParser) -> Namespace:
@@ -90,14 +96,25 @@ def parse_recipe(
 
     parser = parser_on(Recipe())
     try:
+        given, arguments = taken(arguments, in_place)
         first = parse(parser)
         if first["from"]:
             from scfm.checkpoints.native import read_model
 
             parser = parser_on(like(read_model(first["from"])))
-        return parsed(parser, lambda: parse(parser), program), {name: first[name] for name in own}
+        options = {name: given[name] if name in in_place else first[name] for name in own}
+        return parsed(parser, lambda: parse(parser), program), options
     except ArgumentError as error:
         raise ScfmError(f"{program}: {error}") from error
+
+
+def taken(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Return the values of some options, None where one is not given, and the arguments without them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    values, rest = parser.parse_known_args(list(arguments))
+    return vars(values), rest
 
 
 def described(action: Callable[..., Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 from cells import write_cells
 
 from scfm.cli import RECIPE_VERBS, VERBS, function, main, verb_parser
+from scfm.recipe_reader import parse_recipe
 from scfm.version import __version__
 
 
@@ -35,9 +36,27 @@ def test_an_unknown_verb_is_an_error_that_lists_the_verbs(capsys: pytest.Capture
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_describes_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert stopped.value.code == 0
     assert f"scfm {verb}" in capsys.readouterr().out
+
+
+def test_the_first_of_two_words_lists_the_verbs_that_begin_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "bench attention" in printed
+    assert "pretrain" not in printed
+    assert main(["bench"]) == 2
+    assert "'bench' is not a verb; choose one of demo" in capsys.readouterr().err
+
+
+def test_out_of_a_verb_of_its_own_is_not_the_recipes_key(tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text("out: runs/mine\nobjectives: [{name: gep}]\n")
+    for given, expected in (([], None), (["--out", "a.json"], "a.json"), (["--out=a.json"], "a.json")):
+        arguments = ["--config", str(config), *given, "--steps", "3"]
+        recipe, options = parse_recipe(arguments, "scfm bench train", "", function(VERBS["bench train"][0]))
+        assert (recipe.out, options["out"], options["steps"]) == ("runs/mine", expected, 3)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in RECIPE_VERBS])

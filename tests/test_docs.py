@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scfm.cli import RECIPE_VERBS, VERBS, dashed, function, verb_parser
+from scfm.cli import RECIPE_VERBS, VERBS, dashed, function, split, verb_parser
 from scfm.recipe_reader import parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    _, verb, *arguments = shlex.split(command, comments=True)
+    verb, arguments = split(shlex.split(command, comments=True)[1:])
     place, what = VERBS[verb]
     if verb in RECIPE_VERBS:
         if "--from" in arguments:  # its model directory would have to exist

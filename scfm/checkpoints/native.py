@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scfm.data.hashing import load_hashes, save_hashes
@@ -96,6 +94,8 @@ def save_model(folder: Path, network: nn.Module, files: ModelFiles, *, replace: 
 
 def write_model(folder: Path, weights: dict[str, Tensor], files: ModelFiles, *, replace: bool = False) -> None:
     """Write a model directory from its tensors by name; as `save_model` in all else."""
+    from safetensors.torch import save_file
+
     if folder.exists() and any(folder.iterdir()):
         if not replace:
             raise ScfmError(f"{folder}: is not empty; choose another directory for the model")
@@ -171,6 +171,9 @@ def read_model(folder: Path | str) -> ModelFiles:
 
 def read_weights(folder: Path | str) -> dict[str, Tensor]:
     """Return the tensors of a model directory by name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = Path(folder) / "model.safetensors"
     try:
         return load_file(path)

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from scfm.version import __version__
 if TYPE_CHECKING:
     import anndata
 
-PACKAGES = ("torch", "numpy", "scikit-learn", "scanpy", "anndata")
+PACKAGES = ("torch", "numpy", "numba", "lightning", "scikit-learn", "scanpy", "anndata")
 
 
 def commit() -> str | None:
@@ -39,13 +40,22 @@ def commit() -> str | None:
     return head + "+changes" if git("status", "--porcelain", "--untracked-files=no") else head
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that matter, of those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def provenance() -> dict[str, Any]:
     """Return commit, versions, machine and time as plain types."""
     return {
         "scfm": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

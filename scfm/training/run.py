@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from numpy.typing import NDArray
 from torch import nn
@@ -20,9 +19,7 @@ from scfm.baselines.mean_value import baselines_of, mean_value_losses
 from scfm.ceiling import product_type
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
-from scfm.data.conditions import read_gene_condition
 from scfm.data.hashing import load_hashes
-from scfm.data.shards import open_shards, read_manifest
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig
 from scfm.errors import ScfmError
@@ -80,17 +77,38 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     Raises:
         ScfmError: the recipe cannot work, or the run directory holds something else.
     """
+    from scfm.data.shards import open_shards, read_manifest
+
     check(recipe)
-    if recipe.from_model:
-        raise ScfmError("from: pretraining starts from scratch; `scfm finetune` starts from a model directory")
     if recipe.data.shards is None:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
     shards = Path(recipe.data.shards)
-    store = open_shards(shards)
+    manifest = read_manifest(shards)
+    job = pretraining_job(recipe, open_shards(shards), shuffled=manifest.get("shuffled", False))
+    job.files.training_data = {"stage": "pretraining", "manifest": manifest}
+    job.files.cell_hashes = load_hashes(shards / "cells.hash")
+    return fit(job, open_run(recipe, resume))
+
+
+def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
+    """Return a fresh model of a recipe, its objectives, and which cells of a store it trains on.
+
+    Args:
+        recipe: the run.
+        store: the cells.
+        shuffled: whether they stand in random order.
+
+    Raises:
+        ScfmError: the recipe starts from a model, or asks for what the cells do not carry.
+    """
+    if recipe.from_model:
+        raise ScfmError("from: pretraining starts from scratch; `scfm finetune` starts from a model directory")
     cell_conditions, cell_names = indices_of(store, recipe.cell_conditions)
     objectives = build_objectives(recipe.objectives, n_bins=recipe.data.n_bins, categories=cell_names)
     gene_tables, gene_names = {}, {}
     for name, path in recipe.data.gene_conditions.items():
+        from scfm.data.conditions import read_gene_condition
+
         gene_tables[name], gene_names[name] = read_gene_condition(Path(path), store.vocabulary)
     files = ModelFiles(
         model=recipe.model,
@@ -101,27 +119,17 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         cell_conditions=cell_names,
         gene_conditions=gene_names,
         gene_tables={name: table.tolist() for name, table in gene_tables.items()},
-        training_data={"stage": "pretraining", "manifest": read_manifest(shards)},
-        cell_hashes=load_hashes(shards / "cells.hash"),
     )
-    run = open_run(recipe, resume)
     torch.manual_seed(recipe.seed)
     network = files.build()
-    shuffled = read_manifest(shards).get("shuffled", False)
     train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
-    job = Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
-    return fit(job, run)
+    return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
 
 
 def fit(job: Job, run: RunDirectory) -> Path:
     """Train a job to the end of its recipe and export its best weights, plots and card; return the model directory."""
     recipe = job.recipe
-    set_trainable(job.network, recipe.trainable)
-    data = CellDataModule(
-        job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
-    )
-    set_up_blocks(job.network, recipe.trainer)
-    module = FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed)
+    module, data = modules_of(job)
     validates = len(job.valid_rows) > 0
     newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
     best = best_checkpoint(run.checkpoints)
@@ -140,6 +148,17 @@ def fit(job: Job, run: RunDirectory) -> Path:
         export(job, run, best.best_model_path)
         progress.say(trainer, f"model: {run.model}")
     return run.model
+
+
+def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
+    """Return what a trainer takes: the network set up to train, and its cells."""
+    recipe = job.recipe
+    set_trainable(job.network, recipe.trainable)
+    set_up_blocks(job.network, recipe.trainer)
+    data = CellDataModule(
+        job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
+    )
+    return FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed), data
 
 
 def export(job: Job, run: RunDirectory, best: str) -> None:
@@ -245,6 +264,8 @@ def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
     config: dict[str, Any] = asdict(recipe.wandb)
     if not config["project"] or not is_main_process():
         return []
+    from lightning.pytorch.loggers import WandbLogger
+
     logger = WandbLogger(
         project=config["project"], name=config["name"], offline=config["mode"] == "offline", save_dir=run.path
     )

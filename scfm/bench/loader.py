@@ -1,31 +1,30 @@
-"""`scfm bench`: measures scfm itself, so that a number always comes with its device, shapes and commit."""
+"""`scfm bench loader`: from shards on disk to packed training batches."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from scfm.bench.cells import synthetic_block, synthetic_vocabulary
+from scfm.bench.report import at_least_one, device_name, of_rates, publish
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.shards import ShardWriter, open_shards
-from scfm.data.store import CellBlock
+from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
-from scfm.data.vocabulary import Gene, Vocabulary
-from scfm.evaluation.provenance import provenance
 from scfm.recipe import TiePolicy
 
 VOCABULARY_SIZE = 20_000
 CELLS_PER_SHARD = 20_000
+FILLED_BATCHES = 20
 
 
-def bench(
-    what: Literal["loader"],
+def loader(
     *,
     cells: int = 40_000,
     genes: int = 1500,
@@ -38,10 +37,9 @@ def bench(
     epochs: int = 3,
     out: str | None = None,
 ) -> None:
-    """Measure a part of scfm on synthetic cells and print the result as JSON.
+    """Measure how fast synthetic cells on disk become packed training batches; the defaults are scGPT's sizes.
 
     Args:
-        what: `loader`: from shards on disk to packed training batches.
         cells: Synthetic cells.
         genes: Mean number of expressed genes in a cell.
         max_genes: Most genes of a cell that become tokens.
@@ -53,12 +51,15 @@ def bench(
         epochs: Timed passes over the cells, after one that warms up.
         out: File that also receives the JSON.
     """
+    at_least_one(cells=cells, genes=genes, threads=threads, epochs=epochs)
     tokens = TokenConfig(max_genes=max_genes, n_bins=n_bins, tie_policy=tie_policy)
     result = bench_loader(cells, genes, tokens, cells_per_batch, tokens_per_pack, threads, epochs)
-    text = json.dumps({"bench": what, **result, **provenance()}, indent=1)
-    if out is not None:
-        Path(out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    line = (
+        f"loader: {result['cells_per_second']['median']:,.0f} cells/s "
+        f"({result['cells_per_cpu_second']['median']:,.0f} per CPU second) of {result['tokens_per_cell']} tokens, "
+        f"threads: {threads}; filled packs are {result['empty_when_filled']:.2%} empty"
+    )
+    publish("loader", result, line, out)
 
 
 def bench_loader(
@@ -74,19 +75,22 @@ def bench_loader(
         store = open_shards(folder)
         tokeniser = Tokeniser(tokens, store.vocabulary, store.value_kind)
         order = CellOrder(range(store.n_cells), cells_per_batch, seed=0)
-        loader = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, threads=threads)
+        packs_of = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, threads=threads)
         read = len(order) * cells_per_batch
         walls, cpus, n_tokens = [], [], 0
         for epoch in range(epochs + 1):
             wall, cpu, n_tokens = time.perf_counter(), time.process_time(), 0
-            for packs in loader.batches(epoch):
+            for packs in packs_of.batches(epoch):
                 n_tokens += sum(pack.n_tokens for pack in packs)
             if epoch > 0:  # the first epoch compiles the kernels and reads the files
                 walls.append(read / (time.perf_counter() - wall))
                 cpus.append(read / (time.process_time() - cpu))
+        empty = empty_when_filled(store, order, tokeniser, tokens_per_pack)
     return {
-        "cells_per_second": {"best": round(max(walls)), "median": round(float(np.median(walls)))},
-        "cells_per_cpu_second": {"best": round(max(cpus)), "median": round(float(np.median(cpus)))},
+        "device": device_name("cpu"),
+        "cells_per_second": of_rates(walls, 6),
+        "cells_per_cpu_second": of_rates(cpus, 6),
+        "empty_when_filled": empty,
         "tokens_per_cell": round(n_tokens / read, 1),
         "genes_per_cell": round(mean_genes, 1),
         "cells": cells,
@@ -101,31 +105,21 @@ def bench_loader(
     }
 
 
-def _write_shards(folder: Path, cells: int, genes: int) -> float:
-    """Write synthetic shards and return the mean number of expressed genes.
+def empty_when_filled(store: CellStore, order: CellOrder, tokeniser: Tokeniser, tokens_per_pack: int) -> float:
+    """Return the share of the tokens of filled packs that belong to no cell, over the first twenty global batches."""
+    filled = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, fill_packs=True)
+    packs = [pack for batch in islice(filled.batches(epoch=0), FILLED_BATCHES) for pack in batch]
+    return round(1 - sum(pack.sizes.tokens for pack in packs) / sum(pack.n_tokens for pack in packs), 5)
 
-    Depth is lognormal from cell to cell as in 10x data; 70 % of the counts are 1, and a few genes have hundreds.
-    """
+
+def _write_shards(folder: Path, cells: int, genes: int) -> float:
+    """Write synthetic shards and return the mean number of expressed genes."""
     generator = np.random.default_rng(0)
-    vocabulary = Vocabulary.from_genes(Gene.of(None, f"G{i:05d}") for i in range(VOCABULARY_SIZE))
-    writer = ShardWriter(folder, vocabulary, "counts")
+    writer = ShardWriter(folder, synthetic_vocabulary(VOCABULARY_SIZE), "counts")
     written = 0
     for first in range(0, cells, CELLS_PER_SHARD):
-        block = _synthetic_block(generator, min(CELLS_PER_SHARD, cells - first), genes)
+        block = synthetic_block(generator, min(CELLS_PER_SHARD, cells - first), genes, VOCABULARY_SIZE)
         writer.write(block, {})
         written += len(block.genes)
     writer.finish()
     return written / cells
-
-
-def _synthetic_block(generator: np.random.Generator, cells: int, genes: int) -> CellBlock:
-    spread = 0.43
-    sizes = np.clip(generator.lognormal(np.log(genes) - spread**2 / 2, spread, cells), 1, VOCABULARY_SIZE).astype(int)
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    ids: NDArray[np.uint32] = np.concatenate(
-        [np.sort(generator.choice(VOCABULARY_SIZE, size, replace=False)) for size in sizes]
-    ).astype(np.uint32)
-    counts = generator.geometric(0.7, len(ids))
-    abundant = generator.random(len(ids)) < 0.005
-    counts[abundant] += generator.geometric(0.01, abundant.sum())
-    return CellBlock(offsets.astype(np.int32), ids, counts.astype(np.uint32))

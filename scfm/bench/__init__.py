@@ -1,0 +1,1 @@
+"""`scfm bench`: measures scfm itself, so that a number always comes with its device, shapes and commit."""
