@@ -18,7 +18,7 @@ from scfm.model.embeddings import CategoryValue, ContinuousValue
 from scfm.model.heads import ClassDecoder, ProductDecoder
 from scfm.recipe import ModelConfig
 
-FLOAT32 = 4
+FLOAT32, INDEX = 4, 8
 ADAM_STATES = 2  # per weight
 
 
@@ -54,12 +54,14 @@ class Place:
         mask: bytes per element of a dropout mask: 1 on GPUs; 0 for those of scfm's own on CPUs, of the values' type.
         dense: whether attention runs on padded cells with a mask, which it keeps.
         longest: tokens of the longest cell, for dense attention.
+        recompute: whether blocks keep only what goes into them (`trainer.gradient_checkpointing`).
     """
 
     precision: Precision
     mask: int
     dense: bool
     longest: int
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def saved_bytes(network: nn.Module, config: ModelConfig, pack: Work, at: Place) 
     """Return what autograd saves in one forward pass of a pack."""
     model: Any = network
     tokens = embedding_bytes(model.backbone, config, at)
-    tokens += sum(block_bytes(block, config, at) for block in model.backbone.blocks)
+    blocks = [block_bytes(block, config, at) for block in model.backbone.blocks]
+    # of recomputed blocks one at a time is whole; their inputs are norms' outputs
+    tokens += max(blocks) + len(blocks) * at.precision.norms * config.width if at.recompute else sum(blocks)
     return pack.tokens * tokens + sum(head_bytes(head, pack, at) for head in model.heads.values())
 
 
@@ -131,7 +135,7 @@ def embedding_bytes(backbone: Any, config: ModelConfig, at: Place) -> float:
     saved = at.precision.weights * width + 5 * FLOAT32  # the genes' vectors before their norm, norms' statistics
     encoder = backbone.value_encoder
     if isinstance(encoder, ContinuousValue):
-        saved += at.precision.products * (in_and_out(encoder) - width)
+        saved += INDEX  # of each value among the levels, whose own vectors are few
         saved += mask_bytes(width, at) if config.dropout > 0 else 0
     elif isinstance(encoder, CategoryValue):
         saved += at.precision.weights * width

@@ -251,9 +251,16 @@ def memory_plan(
     """Return the memory of a step, that of the device, and the largest `tokens_per_pack` that fits into it."""
     kind = "cpu" if device == "cpu" else "cuda"
     slow = kind == "cuda" and product_type(recipe.trainer.precision) == torch.float32  # flash kernels take 16 bits
-    dense = recipe.model.backend == "dense" or (recipe.model.backend == "auto" and slow)
+    auto = recipe.model.backend == "auto"
+    dense = recipe.model.backend == "dense" or (auto and slow) or recipe.model.attention_dropout > 0
     longest = int(cells.lengths.max())
-    at = Place(Precision.of(recipe.trainer.precision), 0 if kind == "cpu" else 1, dense, longest)
+    at = Place(
+        Precision.of(recipe.trainer.precision),
+        0 if kind == "cpu" else 1,
+        dense,
+        longest,
+        recipe.trainer.gradient_checkpointing,
+    )
     views = max((objective.views for objective in objectives if objective.scope == "global"), default=1)
     passes = views + sum(objective.needs_second_pass for objective in objectives)
 

@@ -64,6 +64,7 @@ def test_saved_bytes(options: dict[str, Any], loss: Any, dropout: float, mixed: 
     heads = [head for objective in objectives for head in objective.heads()]
     network = ScGPT(config, N_GENES + 2, PAD, N_BINS, {}, {}, heads).train()
     pack = random_pack(LENGTHS, KNOWN)
+    pack.levels = torch.arange(-2, N_BINS).float()
     at = Place(Precision.of("bf16-mixed" if mixed else "32"), 0, config.backend == "dense", max(LENGTHS))
     planned = saved_bytes(network, config, Work.of(pack, config.attention), at)
     assert planned == pytest.approx(measured(network, pack, objectives, mixed), rel=0.03)
@@ -86,6 +87,16 @@ def test_kilobytes_per_token_and_layer_of_the_published_shape() -> None:
     assert per_layer(0.0, "bf16-mixed") == 22 * 512 + 80
     assert per_layer(0.2, "bf16-mixed") == 30 * 512 + 80
     assert per_layer(0.2, "bf16-mixed", mask=1) == 22 * 512 + 2 * 512 + 3 * 512 + 80
+
+
+def test_recomputed_blocks_keep_their_inputs_and_one_of_them_is_whole() -> None:
+    config = ModelConfig(dropout=0.0)
+    network = ScGPT(config, 100, 0, 51, {}, {}, [])
+    plain, recomputed = (
+        saved_bytes(network, config, Work(1), Place(Precision.of("bf16-mixed"), 1, False, 0, recompute))
+        for recompute in (False, True)
+    )
+    assert plain - recomputed == 11 * (22 * 512 + 80) - 12 * 4 * 512
 
 
 def test_memory_by_hand() -> None:
