@@ -1,13 +1,15 @@
 """`scfm bench attention`: the operator alone, every backend that runs on a device beside the dense mask.
 
 Backends take turns, so that a machine that slows down slows all of them down. What a backend lays out once per pack
-(boundaries, block masks) is not timed: all layers share it.
+(boundaries, block masks) is not timed: all layers share it. On a CPU one thread works, and its CPU time counts: neither
+other processes nor threads that wait for each other change it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -133,7 +135,9 @@ def bench_attention(
         d_out = torch.randn(cells * tokens, heads, head_width, device=place, dtype=dtype)
     layout = shape.layout(place)
     errors = errors_of(names, layout, shape, qkv, d_out)
-    times = times_of(names, layout, qkv, d_out, repeats)
+    with one_thread():
+        times = times_of(names, layout, qkv, d_out, repeats)
+        where = device_name(place)
     rows = {}
     for name in names:
         rows[name] = {
@@ -152,8 +156,8 @@ def bench_attention(
         "backends": rows,
         "not_run": {name: reason for name, reason in against.items() if reason is not None},
         "auto": pick_backend(place, dtype, head_width)[0],
-        "clock": "CUDA events" if device == "cuda" else "CPU time of all threads",
-        "device": device_name(place),
+        "clock": "CUDA events" if device == "cuda" else "CPU time of one thread",
+        "device": where,
         "precision": precision,
         "cells": cells,
         "tokens": tokens,
@@ -163,6 +167,17 @@ def bench_attention(
         "pairs": shape.pairs,
         "repeats": repeats,
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on a single CPU thread inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def times_of(
@@ -191,7 +206,7 @@ def with_backward(run: Attention, leaf: Tensor, d_out: Tensor) -> tuple[Tensor, 
 
 
 def per_call(action: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a call, warm: of its kernels on a GPU, else CPU time of all threads of this process."""
+    """Return the seconds of a call, warm: of its kernels on a GPU, else CPU time of this thread."""
 
     def seconds(calls: int) -> float:
         def repeated() -> None:
@@ -200,9 +215,9 @@ def per_call(action: Callable[[], object], device: torch.device) -> float:
 
         if device.type == "cuda":
             return seconds_of(repeated, device)
-        start = time.process_time()  # other processes on the machine do not count
+        start = time.thread_time()
         repeated()
-        return time.process_time() - start
+        return time.thread_time() - start
 
     seconds(1)
     calls = max(1, round(TIMED_SECONDS / max(seconds(1), 1e-6)))
