@@ -77,11 +77,13 @@ def numerics(record: Record) -> None:
     backends = usable(record.device, width)
     cells = ragged(4 if record.tiny else 16, 0, record.tiny)
     dense: Figures = {}
-    for backend in ["dense", *(name for name in backends if name != "dense")]:
+    for backend in ["dense", *(name for name in backends if name not in ("dense", "flex"))]:
         row = record.row(backend, partial(attention_errors, record, backend, cells, heads, width, dense))
         dense = row if backend == "dense" else dense
     for backend in [name for name in COMPILES if name in backends]:
         record.row(f"block, {backend}", partial(block_errors, record, backend, heads, width), needs=20)
+    if "flex" in backends:  # compiles itself, which takes long
+        record.row("flex", partial(attention_errors, record, "flex", cells, heads, width, dense), needs=15)
 
 
 def attention_errors(record: Record, backend: str, cells: Cells, heads: int, width: int, dense: Figures) -> Figures:
