@@ -10,6 +10,7 @@ one leaves goes to the next. What goes wrong in one is written down with its tra
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def about(device: torch.device, tiny: bool) -> dict[str, object]:
     cuda = device.type == "cuda"
     return {
         "scfm": __version__,
-        "commit": commit(),
+        "commit": commit() or os.environ.get("COMMIT"),  # a copy of the tree has no history
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "memory_gb": torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else None,
         "torch": torch.__version__,

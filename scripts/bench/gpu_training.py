@@ -201,7 +201,8 @@ def beside_dense(record: Record) -> None:
     """Forward and backward of two passes beside the dense-mask peer in its best case: equal cells, no padding."""
     shape = Shape(16, 1, 2, 24, 4) if record.tiny else Shape(512, 12, 8, 1200, 54)
     # peers from the fastest to the original's own arrangement; compiling them takes long, so that comes last
-    sides = [("scfm", True), ("scfm", False), *((peer, c) for c in (False, True) for peer in reversed(PEERS))]
+    peers = [(peer, compiled) for compiled in (False, True) for peer in reversed(PEERS)]
+    sides = [("scfm", True), ("scfm", False), *(peers[: len(PEERS) + 1] if record.tiny else peers)]
     seconds: dict[str, float] = {}
     for model, compiled in sides:
         item = f"{model}, {'compiled' if compiled else 'eager'}"
@@ -346,7 +347,7 @@ def work_of(pack: PackedBatch, recipe: Recipe) -> Work:
 
 
 def free() -> None:
-    """Hand back the memory of what is no longer used."""
-    gc.collect()
+    """Hand back the memory of a GPU that is no longer used."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
