@@ -179,7 +179,7 @@ def test_gpu_step_waits_for_nothing(shards: Path, objectives: list[dict[str, Any
         shards,
         Path("unused"),
         objectives=objectives,
-        model={"backend": backend},
+        model={"backend": backend, "width": 32},  # heads of 16, the narrowest that FlexAttention takes
         data={"fill_packs": True},
         trainer={"accelerator": "cuda", "precision": "bf16-mixed", "max_steps": 5},
     )
