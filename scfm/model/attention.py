@@ -424,7 +424,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_width: 
     if device.type != "cuda" or torch.version.hip is not None:
         return f"does not run on {'ROCm' if device.type == 'cuda' else device.type}"
     if backend == "flex":
-        return None
+        return None if head_width >= 16 else f"needs heads of at least 16, not {head_width}"
     package = PACKAGES.get(backend)
     if package and find_spec(package) is None:
         return f"needs the package {package}, which is not installed"

@@ -36,9 +36,10 @@ class Padded:
         ends = batch.cu_seqlens[1:].long() + torch.arange(batch.n_cells, device=batch.genes.device)
 
         def extended(tokens: Tensor, padding: Tensor | float) -> Tensor:
-            longer = tokens.new_empty(batch.n_tokens + batch.n_cells)
-            longer[own], longer[ends] = tokens, torch.as_tensor(padding, dtype=tokens.dtype, device=tokens.device)
-            return longer
+            longer = tokens.new_empty(batch.n_tokens + batch.n_cells).index_copy(0, own, tokens)
+            if isinstance(padding, Tensor):
+                return longer.index_copy(0, ends, padding.to(tokens.dtype))
+            return longer.index_fill(0, ends, padding)
 
         longer = replace(
             batch,

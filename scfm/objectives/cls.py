@@ -55,7 +55,10 @@ class CLS:
         """
         if "label" not in batch.cell_conditions:
             raise ScfmError("objective cls: the batch has no cell condition `label`; name the label column of the task")
-        loss, accuracy = class_loss(output.predictions[self.head], "label", batch, self.class_weights)
+        logits = output.predictions[self.head]
+        if self.class_weights is not None:  # moved once: a copy in every step would make the host wait for the GPU
+            self.class_weights = self.class_weights.to(logits.device)
+        loss, accuracy = class_loss(logits, "label", batch, self.class_weights)
         return loss, {"cls_accuracy": accuracy}
 
 

@@ -1,4 +1,4 @@
-"""From the recipe's trainer section to a `lightning.Trainer`."""
+"""From the recipe's trainer section to a `lightning.Trainer`, and to blocks that compile or recompute."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
 
 from scfm.errors import ScfmError
-from scfm.recipe import Recipe
+from scfm.recipe import Recipe, TrainerConfig
 
 # Every rank runs the same objectives on every step, so all parameters get a gradient, and no buffer ever differs
 DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False, "find_unused_parameters": False}
@@ -42,6 +43,21 @@ def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
     keep_memory()
     # the loader itself serves each rank its own packs
     return L.Trainer(**options, **objects, use_distributed_sampler=False, enable_progress_bar=False)
+
+
+def set_up_blocks(network: nn.Module, config: TrainerConfig) -> None:
+    """Compile the blocks of a network, and let them recompute what the backward needs, as the recipe says.
+
+    Each block by itself compiles in a fraction of the time of the whole, and parameters keep their names. Lengths and
+    numbers of cells are symbols, so that no pack compiles them again.
+    """
+    backbone: Any = getattr(network, "backbone", None)
+    if backbone is None:
+        return
+    backbone.recompute = config.gradient_checkpointing
+    if config.compile:
+        for block in backbone.blocks:
+            block.compile(fullgraph=True, dynamic=True)
 
 
 def quieten() -> None:

@@ -26,7 +26,7 @@ from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import Recipe, TrainerConfig, check
+from scfm.recipe import Recipe, check
 from scfm.training.callbacks import (
     FinalValidation,
     MetricsCsv,
@@ -36,7 +36,7 @@ from scfm.training.callbacks import (
     read_metrics,
 )
 from scfm.training.datamodule import CellDataModule, Rows
-from scfm.training.launch import build_trainer
+from scfm.training.launch import build_trainer, set_up_blocks
 from scfm.training.module import FoundationModule
 from scfm.training.rundir import RunDirectory, is_main_process, open_run
 from scfm.training.throughput import Throughput
@@ -242,21 +242,6 @@ def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
             raise ScfmError(f"trainable: {pattern!r} matches no parameter; they are named like {names[:3]} ...")
     for name, parameter in network.named_parameters():
         parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def set_up_blocks(network: nn.Module, config: TrainerConfig) -> None:
-    """Compile the blocks of a network, and let them recompute what the backward needs, as the recipe says.
-
-    Each block by itself compiles in a fraction of the time of the whole, and parameters keep their names. Lengths and
-    numbers of cells are symbols, so that no pack compiles them again.
-    """
-    backbone: Any = getattr(network, "backbone", None)
-    if backbone is None:
-        return
-    backbone.recompute = config.gradient_checkpointing
-    if config.compile:
-        for block in backbone.blocks:
-            block.compile(fullgraph=True, dynamic=True)
 
 
 def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:

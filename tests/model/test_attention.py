@@ -17,7 +17,7 @@ from scfm.model.attention_cpu import runs_of
 # (lengths, known): one cell only <cls> known, one all known, one of a single token, two alike (one kernel call)
 CELLS = ([5, 9, 1, 6, 7, 7, 4], [3, 1, 1, 6, 4, 4, 3])
 LONG = ([257, 611, 200, 200], [129, 300, 1, 200])
-H, D = 2, 8
+H, D = 2, 16  # FlexAttention has no narrower heads on a GPU
 
 
 def layout_of(cells: tuple[list[int], list[int]], mode: str = "generative") -> AttentionLayout:
@@ -258,6 +258,8 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_backend(CUDA, torch.float32, 64, "flash")
     with pytest.raises(ScfmError, match=r"flash_attn_2 needs the package flash_attn, which is not installed"):
         pick_backend(CUDA, BF16, 64, "flash_attn_2")
+    with pytest.raises(ScfmError, match=r"flex needs heads of at least 16, not 8"):
+        pick_backend(CUDA, BF16, 8, "flex")
     with pytest.raises(ScfmError, match=r"flash_cpu does not run on cuda; choose auto"):
         pick_backend(CUDA, BF16, 64, "flash_cpu")
     with pytest.raises(ScfmError, match=r"flash does not run on cpu; choose auto"):
