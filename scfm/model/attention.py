@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.library import custom_op
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -40,6 +41,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
+from scfm.model.cpu_attention import Run, attend_by_products, runs_of
+from scfm.model.precision import multiplies_bf16
 
 Mode = Literal["generative", "full"]
 Attention = Callable[[Tensor], Tensor]  # queries, keys and values (T, 3, H, d) -> (T, H, d)
@@ -122,34 +125,6 @@ def self_gradient(qkv: tuple[Tensor, ...], o: Tensor, p: Tensor, d_o: Tensor, sc
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CPU: torch's flash kernels cell by cell; the merge touches the unknown rows only
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring cells of one length and one number of visible keys: one kernel call serves them all."""
-
-    start: int
-    cells: int
-    length: int
-    keys: int
-
-    def heads_first(self, x: Tensor) -> Tensor:
-        """View the run's rows of a packed tensor, (T, H, ...) -> (cells, H, length, ...)."""
-        rows = x[self.start : self.start + self.cells * self.length]
-        return rows.unflatten(0, (self.cells, self.length)).transpose(1, 2)
-
-
-def runs_of(cu_seqlens: Tensor, n_keys: Tensor) -> list[Run]:
-    """Return the runs of a pack, in order."""
-    runs: list[Run] = []
-    bounds = cu_seqlens.tolist()
-    for start, stop, keys in zip(bounds, bounds[1:], n_keys.tolist(), strict=False):
-        last = runs[-1] if runs else None
-        if last and (last.length, last.keys) == (stop - start, keys):
-            runs[-1] = Run(last.start, last.cells + 1, last.length, keys)
-        else:
-            runs.append(Run(start, 1, stop - start, keys))
-    return runs
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -239,12 +214,26 @@ class _CellAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class FlashCPU:
-    """torch's CPU flash kernels on the visible keys, merged with each unknown gene's self key."""
+    """torch's CPU flash kernels on the visible keys, merged with each unknown gene's self key.
+
+    In bf16, without a gradient and without unknown genes, matrix products are faster and stand in for the kernels.
+    """
 
     layout: AttentionLayout
 
+    @cached_property
+    def runs(self) -> list[Run]:
+        return runs_of(self.layout.cu_seqlens, self.layout.n_keys)
+
+    def by_products(self, qkv: Tensor) -> bool:
+        if qkv.dtype != torch.bfloat16 or torch.is_grad_enabled() or is_compiling() or not multiplies_bf16("cpu"):
+            return False
+        return not self.layout.self_key or all(run.keys == run.length for run in self.runs)
+
     def __call__(self, qkv: Tensor, scale: float | None = None) -> Tensor:
         layout = self.layout
+        if self.by_products(qkv):
+            return attend_by_products(qkv, self.runs, default(scale, qkv))
         return _CellAttention.apply(qkv, layout.cu_seqlens, layout.n_keys, layout.self_key, default(scale, qkv))
 
 
