@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from scfm.errors import ScfmError
+from scfm.model.layers import Linear
 
 Precision = Literal["fp32", "bf16"]
+LACKS = {"cpu": "CPU, without AVX512-BF16, AMX or Arm's BF16,", "cuda": "GPU, older than Ampere,"}
 
 
 @cache
@@ -30,9 +32,10 @@ def multiplies_bf16(device: str) -> bool:
 
 
 def at_precision(network: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
-    """Return a network for inference: itself for fp32; for bf16 a twin whose transformer blocks are cast, once.
+    """Return a network for inference: itself for fp32; for bf16 a twin whose blocks' matrices are cast, once.
 
-    Embeddings, input norm, pooling and heads cost little, stay as they are, and are shared by both networks.
+    Residuals, norms, embeddings, pooling and heads cost little: they stay in float32, shared by both networks. A
+    residual in bf16 as well would save 2% of the time, for half as much error again in what tells cells apart.
 
     Raises ScfmError for a precision that does not exist, and for bf16 on a device without bf16 instructions.
     """
@@ -41,15 +44,14 @@ def at_precision(network: nn.Module, precision: Precision, device: torch.device)
     if precision == "fp32":
         return network
     if not multiplies_bf16(device.type):
-        lacks = "AVX512-BF16, AMX nor Arm's BF16 instructions" if device.type == "cpu" else "bf16 products of its own"
-        raise ScfmError(
-            f"precision: bf16 is meant to be faster, but would be slower than fp32 and less exact here, for this "
-            f"{device.type} has neither {lacks}".replace("neither bf16", "no bf16")
-            + "; leave precision at fp32"
-        )
-    blocks: Any = network.backbone.blocks
-    cast = {id(tensor) for tensor in blocks.parameters()}
+        this = LACKS.get(device.type, device.type)
+        raise ScfmError(f"precision: bf16 would be slower than fp32 here: this {this} has no bf16 products; use fp32")
+    backbone: Any = network.backbone
+    layers = [module for module in backbone.blocks.modules() if isinstance(module, Linear)]
+    cast = {id(tensor) for layer in layers for tensor in layer.parameters()}
     tensors = chain(network.parameters(), network.buffers())
     twin: Any = deepcopy(network, {id(tensor): tensor for tensor in tensors if id(tensor) not in cast})
-    twin.backbone.blocks.to(torch.bfloat16)
+    for module in twin.backbone.blocks.modules():
+        if isinstance(module, Linear):
+            module.to(torch.bfloat16)
     return twin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,31 +94,26 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As forward; `counted` (T,) says how many padded positions each token stands for where padding counts."""
         genes = self.gene_embedding(batch.genes)  # (T, D)
-        x = self.embed(genes, batch, counted, cell_prompt).to(self.block_dtype)
+        x = self.embed(genes, batch, counted, cell_prompt)
         attention = self.attention(batch, padded=counted is not None)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, attention, batch.unknown_mask, use_reentrant=False)
             else:
                 x = block(x, attention, batch.unknown_mask)
-        x = x.to(genes.dtype)
         return genes, x, self.pool(x, batch, counted)
-
-    @property
-    def block_dtype(self) -> torch.dtype:
-        """Type of the blocks' weights: that of all others, but in bf16 inference."""
-        return self.blocks[0].qkv.weight.dtype
 
     def attention(self, batch: PackedBatch, padded: bool) -> Attention:
         """Return the attention of a pack; of a padded one the last token of each cell is a query, but no key."""
         layout = AttentionLayout.of(batch, self.config.attention)
         if padded:
             layout = replace(layout, n_keys=layout.n_keys - 1, self_key=False)
-        device = self.gene_embedding.embedding.weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.block_dtype
+        blocks: Any = self.blocks
+        weight: Tensor = blocks[0].qkv.weight  # in bf16 inference of another type than the embeddings
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         head_width = self.config.width // self.config.heads
-        return prepare(layout, pick_backend(device, dtype, head_width, self.config.backend)[0])
+        return prepare(layout, pick_backend(weight.device, dtype, head_width, self.config.backend)[0])
 
     def embed(self, genes: Tensor, batch: PackedBatch, counted: Tensor | None, cell_prompt: Tensor | None) -> Tensor:
         """Return the input of the first block, (T, D), from the gene embeddings (T, D)."""
