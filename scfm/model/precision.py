@@ -34,8 +34,8 @@ def multiplies_bf16(device: str) -> bool:
 def at_precision(network: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
     """Return a network for inference: itself for fp32; for bf16 a twin whose blocks' matrices are cast, once.
 
-    Residuals, norms, embeddings, pooling and heads cost little: they stay in float32, shared by both networks. A
-    residual in bf16 as well would save 2% of the time, for half as much error again in what tells cells apart.
+    Residuals, norms, embeddings, pooling and heads cost little: they stay in float32, shared by both networks. With a
+    residual in bf16 the speed is the same, and 1 - cosine to the float32 embedding 1.3e-4 instead of 5e-5.
 
     Raises ScfmError for a precision that does not exist, and for bf16 on a device without bf16 instructions.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import varlen_on_cpu  # noqa: F401, gives the varlen operators a CPU kernel
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import scfm.model.attention as attention
+import scfm.model.cpu_attention as cpu_attention
 from scfm.errors import ScfmError
 from scfm.model.attention import AttentionLayout, Flex, block_mask, pick_backend, prepare, runs_of
 
@@ -214,6 +217,35 @@ def test_flops_are_those_that_the_mask_asks_for(backend: str) -> None:
         prepare(layout, backend)(qkv).sum().backward()
     pairs = sum(length * known for length, known in zip(*CELLS, strict=True))
     assert counter.get_total_flops() == (2 + 5) * 2 * pairs * H * D
+
+
+@pytest.mark.parametrize("logits", [1, 60, 10**6])
+@pytest.mark.parametrize("hidden", [0, 1], ids=["all keys", "without the last"])
+def test_products_on_a_cpu_in_any_blocks(logits: int, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [5, 9, 2, 7, 7, 7, 40]
+    monkeypatch.setattr(cpu_attention, "LOGITS", logits)
+    layout = replace(layout_of((lengths, lengths), "full"), n_keys=torch.tensor(lengths).int() - hidden)
+    qkv = random_qkv(layout)
+    ours = cpu_attention.attend_by_products(qkv, runs_of(layout.cu_seqlens, layout.n_keys), 0.3)
+    torch.testing.assert_close(ours, reference(qkv, layout, 0.3))
+
+
+def test_bf16_inference_on_a_cpu_runs_as_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU has them, no gradient is asked for, and no token is to see itself alone."""
+    monkeypatch.setattr(attention, "multiplies_bf16", lambda device: True)
+    lengths = [5, 9, 2, 7, 7]
+    known, some = layout_of((lengths, lengths)), layout_of((lengths, [3, 9, 2, 7, 7]))
+    qkv = random_qkv(known).bfloat16()
+    with torch.inference_mode():
+        assert attention.FlashCPU(known).by_products(qkv)
+        assert not attention.FlashCPU(some).by_products(qkv)
+        assert not attention.FlashCPU(known).by_products(qkv.float())
+        for layout in (known, some):
+            assert relative(prepare(layout, "flash_cpu")(qkv, 0.3), reference(qkv.double(), layout, 0.3)) < 0.01
+        monkeypatch.setattr(attention, "multiplies_bf16", lambda device: False)
+        assert not attention.FlashCPU(known).by_products(qkv)
+    monkeypatch.setattr(attention, "multiplies_bf16", lambda device: True)
+    assert not attention.FlashCPU(known).by_products(qkv)
 
 
 CUDA = torch.device("cuda", 0)
