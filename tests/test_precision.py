@@ -152,9 +152,7 @@ def test_only_the_blocks_matrices_are_copied() -> None:
     assert at_precision(network, "fp32", CPU) is network
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or not multiplies_bf16("cuda"), reason="needs a GPU of Ampere or newer"
-)
+@pytest.mark.gpu
 def test_the_same_on_a_gpu(model: scfm.PretrainedModel) -> None:
     cells = made_up_cells(60, seed=5)
     there, here = scfm.load(model.source), scfm.load(model.source)
