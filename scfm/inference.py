@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scfm.data.gene_table import GeneTable
 from scfm.errors import ScfmError
+from scfm.model.precision import Precision
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,6 +24,7 @@ def embed(
     tokens_per_pack: int = 16384,
     accept_normalised: bool = False,
     genes: Sequence[str] = (),
+    precision: Precision = "fp32",
 ) -> None:
     """Write the cell embedding into `.obsm["X_scfm"]`, and where it came from into `.uns["scfm"]`.
 
@@ -33,8 +35,10 @@ def embed(
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
+        precision: bf16 is faster where the device has bf16 instructions, and close to fp32, not equal.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
+    options["precision"] = precision
     options["genes"] = GeneTable.read(genes) if genes else None
     over_file(file, model, out, lambda loaded, adata: loaded.embed(adata, **options))
 
@@ -47,6 +51,7 @@ def predict(
     tokens_per_pack: int = 16384,
     accept_normalised: bool = False,
     genes: Sequence[str] = (),
+    precision: Precision = "fp32",
 ) -> None:
     """Write predicted labels into `.obs`, all probabilities into `.obsm`, and where they came from into `.uns["scfm"]`.
 
@@ -57,8 +62,10 @@ def predict(
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
+        precision: bf16 is faster where the device has bf16 instructions, and close to fp32, not equal.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
+    options["precision"] = precision
     options["genes"] = GeneTable.read(genes) if genes else None
     over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
 

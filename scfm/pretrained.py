@@ -20,6 +20,7 @@ from scfm.data.order import CellOrder
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
+from scfm.model.precision import Precision, at_precision
 from scfm.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class PretrainedModel:
         tokens_per_pack: int = 16384,
         accept_normalised: bool = False,
         genes: GeneTable | None = None,
+        precision: Precision = "fp32",
     ) -> AnnData:
         """Write the L2-normalised cell embedding into `adata.obsm["X_scfm"]` and return `adata`.
 
@@ -63,19 +65,22 @@ class PretrainedModel:
             tokens_per_pack: most tokens in one forward pass; bounds the memory.
             accept_normalised: take values that are not counts; bins keep only their order within a cell.
             genes: table by which more names are matched, `GeneTable.read(["hgnc_complete_set.tsv"])`.
+            precision: `bf16` is faster where the device has bf16 instructions, and close to `fp32`, not equal.
 
         Raises:
-            ScfmError: the values are not what the model expects, or no gene matches its vocabulary.
+            ScfmError: the values are not what the model expects, no gene matches its vocabulary, or the device has no
+                bf16 instructions.
         """
+        network = self.network_at(precision)
         store = self.store(adata, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         embeddings = np.empty((store.n_cells, self.files.model.width), np.float32)
-        for pack, output in self.outputs(store, conditions, tokens_per_pack):
+        for pack, output in self.outputs(network, store, conditions, tokens_per_pack):
             real = pack.real_cells.cpu().numpy()
             cells = torch.nn.functional.normalize(output.cell.float(), dim=-1).cpu().numpy()  # (N, D)
             embeddings[pack.cell_id.cpu().numpy()[real]] = cells[real]
         adata.obsm[EMBEDDING] = embeddings
-        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes)
+        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes, precision)
         return adata
 
     def predict(
@@ -85,6 +90,7 @@ class PretrainedModel:
         tokens_per_pack: int = 16384,
         accept_normalised: bool = False,
         genes: GeneTable | None = None,
+        precision: Precision = "fp32",
     ) -> AnnData:
         """Write predicted labels and their probabilities, and return `adata`.
 
@@ -96,24 +102,26 @@ class PretrainedModel:
             tokens_per_pack: most tokens in one forward pass.
             accept_normalised: as for `embed`.
             genes: as for `embed`.
+            precision: as for `embed`.
 
         Raises:
-            ScfmError: the model has no head that predicts labels.
+            ScfmError: the model has no head that predicts labels, or as for `embed`.
         """
+        network = self.network_at(precision)
         heads = [head for head in self.files.heads if head.kind == "cls" and head.n_out > 1]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
         store = self.store(adata, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
-        for pack, output in self.outputs(store, conditions, tokens_per_pack):
+        for pack, output in self.outputs(network, store, conditions, tokens_per_pack):
             real = pack.real_cells.cpu().numpy()
             rows = pack.cell_id.cpu().numpy()[real]
             for head in heads:
                 logits[head.task][rows] = output.predictions[head.task].float().cpu().numpy()[real]
         for head in heads:
             self.write_labels(adata, head, logits[head.task])
-        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes)
+        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes, precision)
         return adata
 
     @staticmethod
@@ -197,13 +205,17 @@ class PretrainedModel:
             for name, names in self.files.cell_conditions.items()
         }
 
+    def network_at(self, precision: Precision) -> nn.Module:
+        """Return the network in a precision, on its device. Raises ScfmError where that does not compute it."""
+        return at_precision(self.network.to(self.device), precision, self.device)
+
     def outputs(
-        self, store: CellStore, conditions: dict[str, NDArray[np.int64]], tokens_per_pack: int
+        self, network: nn.Module, store: CellStore, conditions: dict[str, NDArray[np.int64]], tokens_per_pack: int
     ) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yield packs of all cells in turn, nothing hidden, with the network's outputs for them."""
+        """Yield packs of all cells in turn, nothing hidden, with a network's outputs for them."""
         for pack in self.packs(store, conditions, tokens_per_pack):
             with torch.inference_mode():
-                output = self.network(pack)
+                output = network(pack)
             yield pack, output
 
     def packs(
@@ -240,6 +252,7 @@ class PretrainedModel:
         store: CellStore,
         conditions: dict[str, NDArray[np.int64]],
         genes: GeneTable | None = None,
+        precision: Precision = "fp32",
     ) -> dict[str, Any]:
         """Return what `.uns["scfm"]` says of where the results came from."""
         present = np.unique(np.concatenate([np.unique(block.genes) for block in store.blocks]))
@@ -251,6 +264,7 @@ class PretrainedModel:
             "genes_in_data": adata.n_vars,
             "gene_tables": genes.files if genes else [],
             "values": store.value_kind,
+            "precision": precision,
             "cells_of_unknown_condition": {name: int((index < 0).sum()) for name, index in conditions.items()},
             "labels": {head.task: list(head.labels) for head in self.files.heads if head.labels},
         }

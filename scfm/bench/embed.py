@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +17,17 @@ from scfm.bench.train import GENES, VOCABULARY
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.model.attention import pick_backend
+from scfm.model.precision import Precision
 from scfm.pretrained import PretrainedModel, load
 from scfm.recipe import Recipe
 from scfm.training.run import pretraining_job
 
-TYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def embed(
     recipe: Recipe,
-    precision: Literal["32", "bf16"] = "32",
+    precision: Precision = "fp32",
     cells: int = 1024,
     genes: int = GENES,
     vocabulary: int = VOCABULARY,
@@ -38,7 +38,7 @@ def embed(
 
     Args:
         recipe: Shape and tokenisation of the model; `from` names a model directory instead.
-        precision: `bf16` runs the network under autocast, and float32 beside it to compare with.
+        precision: `bf16` is measured beside fp32, to compare with.
         cells: Synthetic cells.
         genes: Mean number of expressed genes in a cell.
         vocabulary: Genes of the vocabulary where there is no model directory.
@@ -49,14 +49,14 @@ def embed(
     speeds = ", ".join(
         f"{speed['median']:,.1f} cells/s in {name}" for name, speed in result["cells_per_second"].items()
     )
-    near = result.get("cosine_to_32")
-    cosine = f"; cosine of bf16 to 32: median {near['median']:.6f}, least {near['min']:.6f}" if near else ""
+    near = result.get("cosine_to_fp32")
+    cosine = f"; cosine of bf16 to fp32: median {near['median']:.6f}, least {near['min']:.6f}" if near else ""
     publish("embed", result, f"embed: {speeds} on {result['device']}{cosine}", out)
 
 
 def bench_embed(
     recipe: Recipe,
-    precision: Literal["32", "bf16"] = "32",
+    precision: Precision = "fp32",
     cells: int = 1024,
     genes: int = GENES,
     vocabulary: int = VOCABULARY,
@@ -69,7 +69,7 @@ def bench_embed(
     at_least_one(cells=cells, genes=genes, vocabulary=vocabulary, repeats=repeats)
     model, store = model_of(recipe, cells, genes, vocabulary)
     config, tokens_per_pack = model.files.model, recipe.data.tokens_per_pack
-    precisions = ["32"] if precision == "32" else ["32", "bf16"]
+    precisions: list[Precision] = ["fp32"] if precision == "fp32" else ["fp32", "bf16"]
     speeds: dict[str, list[float]] = {name: [] for name in precisions}
     found: dict[str, NDArray[np.float32]] = {}
     for repeat in range(repeats + 1):
@@ -81,9 +81,9 @@ def bench_embed(
     head_width = config.width // config.heads
     result: dict[str, Any] = {"cells_per_second": {name: of_rates(values) for name, values in speeds.items()}}
     if precision == "bf16":
-        cosine = (found["32"] * found["bf16"]).sum(1, dtype=np.float64)
-        result["cosine_to_32"] = {"median": significant(float(np.median(cosine)), 7), "min": float(cosine.min())}
-        result["speed_to_32"] = significant(float(np.median(np.divide(speeds["bf16"], speeds["32"]))))
+        cosine = (found["fp32"] * found["bf16"]).sum(1, dtype=np.float64)
+        result["cosine_to_fp32"] = {"median": significant(float(np.median(cosine)), 7), "min": float(cosine.min())}
+        result["speed_to_fp32"] = significant(float(np.median(np.divide(speeds["bf16"], speeds["fp32"]))))
     return result | {
         "device": device_name(model.device),
         "attention": {
@@ -116,16 +116,14 @@ def model_of(recipe: Recipe, cells: int, genes: int, vocabulary: int) -> tuple[P
     return PretrainedModel(job.network, job.files, "fresh"), store
 
 
-def embeddings(model: PretrainedModel, store: CellStore, precision: str, tokens_per_pack: int) -> NDArray[np.float32]:
+def embeddings(
+    model: PretrainedModel, store: CellStore, precision: Precision, tokens_per_pack: int
+) -> NDArray[np.float32]:
     """Return the L2-normalised embedding of each cell, (N, D), as `PretrainedModel.embed` does."""
     found = np.empty((store.n_cells, model.files.model.width), np.float32)
-    autocast: AbstractContextManager[Any] = nullcontext()
-    if precision == "bf16":
-        autocast = torch.autocast(model.device.type, TYPES[precision])
     conditions = {name: np.zeros(store.n_cells, np.int64) for name in model.files.cell_conditions}
-    with autocast:
-        for pack, output in model.outputs(store, conditions, tokens_per_pack):
-            real = pack.real_cells.cpu().numpy()
-            cells = F.normalize(output.cell.float(), dim=-1).cpu().numpy()
-            found[pack.cell_id.cpu().numpy()[real]] = cells[real]
+    for pack, output in model.outputs(model.network_at(precision), store, conditions, tokens_per_pack):
+        real = pack.real_cells.cpu().numpy()
+        cells = F.normalize(output.cell.float(), dim=-1).cpu().numpy()
+        found[pack.cell_id.cpu().numpy()[real]] = cells[real]
     return found

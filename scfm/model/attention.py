@@ -43,12 +43,12 @@ from scfm.model.attention_cpu import (
     block_attention,
     cell_attention,
     exact,
-    has_bf16_products,
     merge,
     pairs_of,
     self_gradient,
     self_logit,
 )
+from scfm.model.precision import multiplies_bf16
 
 Mode = Literal["generative", "full"]
 Attention = Callable[[Tensor], Tensor]  # queries, keys and values (T, 3, H, d) -> (T, H, d)
@@ -420,7 +420,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_width: 
     if backend == "blocks_cpu":
         if dtype != torch.bfloat16:
             return f"needs bf16 (trainer.precision: bf16-mixed), not {dtype}".replace("torch.", "")
-        return None if has_bf16_products() else "needs a CPU with bf16 products"
+        return None if multiplies_bf16("cpu") else "needs a CPU with bf16 products"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"does not run on {'ROCm' if device.type == 'cuda' else device.type}"
     if backend == "flex":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -158,12 +157,6 @@ class _CellAttention(torch.autograd.Function):
 def cell_attention(qkv: Tensor, cu_seqlens: Tensor, n_keys: Tensor, self_key: bool, scale: float) -> Tensor:
     """Attend cell by cell in torch's flash kernels, self keys merged in; (T, 3, H, d) -> (T, H, d)."""
     return _CellAttention.apply(qkv, cu_seqlens, n_keys, self_key, scale)
-
-
-@cache
-def has_bf16_products() -> bool:
-    """Whether this CPU multiplies bf16 matrices natively."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ onednn: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_ava
 class Linear(nn.Linear):
     """A linear layer whose float32 products on a CPU run in oneDNN; all else is torch's own linear layer.
 
+    One with bf16 weights takes its input in bf16, so that the stream between layers may be float32.
+
     torch computes float32 products in MKL, whose kernels reach less than half of oneDNN's speed on AMD processors.
     Compiled code keeps torch's own, which Inductor knows.
     """
@@ -27,6 +29,8 @@ class Linear(nn.Linear):
         usable = onednn is not None and input.device.type == "cpu" and input.numel() > 0 and not is_compiling()
         if exact and usable and not torch.is_autocast_enabled("cpu"):
             return _OneDNNLinear.apply(input, self.weight, self.bias)
+        if self.weight.dtype == torch.bfloat16:
+            input = input.to(torch.bfloat16)
         return super().forward(input)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,8 @@ class Backbone(nn.Module):
         layout = AttentionLayout.of(batch, self.config.attention)
         if padded:
             layout = replace(layout, n_keys=layout.n_keys - 1, self_key=False)
-        weight = self.gene_embedding.embedding.weight
+        blocks: Any = self.blocks
+        weight: Tensor = blocks[0].qkv.weight  # in bf16 inference of another type than the embeddings
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         head_width = self.config.width // self.config.heads

@@ -30,18 +30,18 @@ def test_embed_prints_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr()
     assert json.loads(printed.out) == result
     assert printed.err.startswith("embed: ")
-    assert result["cells_per_second"].keys() == {"32", "bf16"}
+    assert result["cells_per_second"].keys() == {"fp32", "bf16"}
     for speed in result["cells_per_second"].values():
         assert speed["best"] >= speed["median"] > 0
-    assert 0.99 < result["cosine_to_32"]["min"] <= result["cosine_to_32"]["median"]
-    assert result["cosine_to_32"]["min"] < 1 - 1e-9  # bf16 it was
+    assert 0.99 < result["cosine_to_fp32"]["min"] <= result["cosine_to_fp32"]["median"]
+    assert result["cosine_to_fp32"]["min"] < 1 - 1e-9  # bf16 it was
     assert {"commit", "versions", "device", "attention", "model", "weights"} <= result.keys()
 
 
 def test_float32_alone_is_not_compared() -> None:
     result = bench_embed(recipe(), **SIZES, repeats=1)
-    assert result["cells_per_second"].keys() == {"32"}
-    assert "cosine_to_32" not in result
+    assert result["cells_per_second"].keys() == {"fp32"}
+    assert "cosine_to_fp32" not in result
 
 
 def test_a_model_directory_gives_the_embeddings_of_its_weights(tmp_path: Path) -> None:
@@ -50,6 +50,6 @@ def test_a_model_directory_gives_the_embeddings_of_its_weights(tmp_path: Path) -
     again = recipe()
     again.from_model = str(tmp_path / "model")
     saved, cells = model_of(again, cells=20, genes=25, vocabulary=999)
-    expected = embeddings(fresh, store, "32", 200)
-    np.testing.assert_array_equal(embeddings(saved, cells, "32", 200), expected)
+    expected = embeddings(fresh, store, "fp32", 200)
+    np.testing.assert_array_equal(embeddings(saved, cells, "fp32", 200), expected)
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=1e-6)

@@ -236,10 +236,10 @@ BF16 = torch.bfloat16
 def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash wherever its kernels run; the reason is said; what cannot run is refused with the reason."""
     monkeypatch.setattr(attention, "find_spec", lambda package: None)
-    monkeypatch.setattr(attention, "has_bf16_products", lambda: True)
+    monkeypatch.setattr(attention, "multiplies_bf16", lambda device: True)
     assert pick_backend("cpu")[0] == "flash_cpu"
     assert pick_backend("cpu", BF16)[0] == "blocks_cpu"
-    monkeypatch.setattr(attention, "has_bf16_products", lambda: False)
+    monkeypatch.setattr(attention, "multiplies_bf16", lambda device: False)
     assert pick_backend("cpu", BF16)[0] == "flash_cpu"
     assert pick_backend("mps", BF16)[0] == "dense"
     assert pick_backend("cpu", asked="dense") == ("dense", "chosen by model.backend")
