@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.compiler import is_compiling
 from scfm.errors import ScfmError
 
 LANES = 2**16
+# oneDNN keeps a compiled product per shape, 1,024 of them: with packs of ever new lengths a gigabyte, none used again
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 onednn: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
 

@@ -107,16 +107,18 @@ class Progress(L.Callback):
     def report(self, trainer: L.Trainer, module: FoundationModule) -> None:
         """Average since the last line, over ranks and steps; the only place that waits for the device."""
         metrics = {name: float(value) / self.steps for name, value in module.sum_over_ranks(self.sums).items()}
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
         speed = self.throughput.figures(trainer, module)
-        speed["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        logged = {f"train/{k}": v for k, v in metrics.items()} | {"train/learning_rate": rate}
         for logger in trainer.loggers:
-            logger.log_metrics({f"train/{k}": v for k, v in (metrics | speed).items()}, step=trainer.global_step)
+            # a name of their own for speeds: all else is equal in two runs of one recipe
+            logger.log_metrics(logged | {f"speed/{k}": v for k, v in speed.items()}, step=trainer.global_step)
         pace = (time.perf_counter() - self.started) / (trainer.global_step - self.first_step)
         share = f" ({speed['mfu']:.0%} MFU)" if "mfu" in speed else ""
         parts = "  ".join(f"{name} {metrics[name]:.4g}" for name in sorted(metrics, key=lambda n: n != "loss"))
         self.say(
             trainer,
-            f"step {trainer.global_step}/{self.total}  {parts}  lr {speed['learning_rate']:.2g}  "
+            f"step {trainer.global_step}/{self.total}  {parts}  lr {rate:.2g}  "
             f"{speed['cells_per_second']:,.0f} cells/s  {speed['tokens_per_second']:,.0f} tokens/s  "
             f"{speed['tflops']:.3g} TFLOP/s{share}  wait {speed['data_wait']:.1%}  empty {speed['empty']:.1%}  "
             f"eta {clock(pace * (self.total - trainer.global_step))}",

@@ -59,6 +59,9 @@ def test_the_run_directory_is_complete(tmp_path: Path) -> None:
     assert f"{logged[6, 'valid/gep']:.4g}" in card
     assert f"{logged[0, 'baseline/gene mean']:.4g}" in card
     assert "made-up.h5ad | 120" in card
+    speeds = {name.removeprefix("speed/") for _, name in logged if name.startswith("speed/")}
+    assert speeds >= {"cells_per_second", "tokens_per_second", "tflops", "mfu", "data_wait", "empty", "peak_memory_gb"}
+    assert not speeds & {name.removeprefix("train/") for _, name in logged}
     assert json.loads((run / "model" / "training_data.json").read_text())["manifest"]["cells"] == 120
 
 
