@@ -28,10 +28,14 @@ class DataConfig:
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
         fill_packs: Fill all packs of a global batch to one length with pseudo-cells: even memory, few shapes (GPUs).
-        values: `binned`, or `raw` to hand the model the values as they are (scGPT's perturbation models).
-        n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values.
+        values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT), or
+            `raw` to hand the model the values as they are (scGPT's perturbation models).
+        n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values, or for
+            log2 its integers, the last of them and all above.
         tie_policy: Where equal values fall: `left` (all into their highest bin), or `random` (spread, keyed by cell).
         mask_ratios: A cell's share of unknown genes is drawn from these, e.g. [0.25, 0.5, 0.75]; [0] hides nothing.
+        mask_candidates: Genes that may be hidden: `all`, or `expressed`, those whose bin is not 0 (scBERT).
+        mask_kept: Share of the unknown genes whose value the model sees although it has to predict it (scBERT: 0.1).
         cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
         mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
         valid_fraction: Share of cells held out for validation.
@@ -43,19 +47,53 @@ class DataConfig:
     shards: str | None = None
     genes: Literal["expressed", "all"] = "expressed"
     max_genes: int = 1199
-    values: Literal["binned", "raw"] = "binned"
+    values: Literal["binned", "log2", "raw"] = "binned"
     cells_per_batch: int = 512
     tokens_per_pack: int = 65536
     fill_packs: bool = False
     n_bins: int = 51
     tie_policy: TiePolicy = "left"
     mask_ratios: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    mask_candidates: Literal["all", "expressed"] = "all"
+    mask_kept: float = 0.0
     cls_value: float = -2.0
     mask_value: float = -1.0
     valid_fraction: float = 0.003
     gene_conditions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     prefetch: int = 4
+
+
+@dataclass
+class PerformerConfig:
+    """What only scBERT's blocks know.
+
+    Args:
+        mode: `correct`, or `compat`, which computes as the original does: batch mates and padding then matter.
+        head_width: Width of a head, d (the original: 64, whatever the width of the model).
+        features: Random features of FAVOR+ per head, m; null for int(d ln d).
+        kernel: `exp` (FAVOR+), `relu` or `gelu` (the original's generalized attention), or `none` (softmax of queries
+            over their width and of keys over the genes, without random features).
+        scaling: Lengths of the random directions: `constant` sqrt(d), or `norms` drawn as those of Gaussian vectors.
+        redraw_every: Optimizer steps between two draws of the features (compat: forward passes); 0 keeps them.
+        norm: Of the branches: `layer`, `scale` (ScaleNorm) or `rezero` (none, and a learned factor that starts small).
+        glu: Whether the feed-forward layer is gated.
+        reversible: Two streams, each updated from the other (Reformer).
+        tied: Whether the value embedding also reads the bins out.
+        qkv_bias: Whether queries, keys and values have a bias.
+    """
+
+    mode: Literal["correct", "compat"] = "correct"
+    head_width: int = 64
+    features: int | None = None
+    kernel: Literal["exp", "relu", "gelu", "none"] = "exp"
+    scaling: Literal["constant", "norms"] = "constant"
+    redraw_every: int = 1000
+    norm: Literal["layer", "scale", "rezero"] = "layer"
+    glu: bool = False
+    reversible: bool = False
+    tied: bool = False
+    qkv_bias: bool = False
 
 
 @dataclass
@@ -83,6 +121,10 @@ class ModelConfig:
         domain: For input_norm domain, the obs column that tells the domain (batch, donor ...).
         modality: The gene condition (of `data.gene_conditions`) that is a gene's modality: its embedding joins what the
             value decoders read instead of the token (scGPT's multi-omic model).
+        mixer: What scBERT's blocks mix genes with: `favor` (FAVOR+ features), `linear` (elu + 1) or exact `softmax`.
+        performer: What only scBERT's blocks know.
+        gene_table: scBERT: an .npy file of gene vectors (genes, width) that stay frozen, e.g. gene2vec; the gene names
+            stand beside it, one a line, in a .txt file of the same name. Null for vectors that are learned.
         padded_batches: Compute as scGPT does on padded batches: DSBN by the first cell's domain, and padding counted in
             norm statistics and in mean and weighted cell embeddings. For comparisons only: batch mates then matter.
     """
@@ -107,6 +149,9 @@ class ModelConfig:
     input_norm: Literal["none", "batch", "domain"] = "none"
     domain: str | None = None
     modality: str | None = None
+    mixer: Literal["favor", "linear", "softmax"] = "favor"
+    performer: PerformerConfig = field(default_factory=PerformerConfig)
+    gene_table: str | None = None
     padded_batches: bool = False
 
 
@@ -115,13 +160,14 @@ class ObjectiveConfig:
     """One term of the loss.
 
     Args:
-        name: Registered objective: gep, gepc, cell_prompt, ecs, cls, dar, cce.
+        name: Registered objective: gep, gepc, cell_prompt, ecs, cls, dar, cce, masked_bin.
         weight: Its factor in the sum.
         loss: For values, `mse` over bins (the released code) or `cross_entropy` over bins (the paper's formula).
         nonzero: For gep and gepc, also learn whether a gene is expressed (scGPT's explicit zero probability).
         threshold: For ecs, the similarity above which cells are drawn together, and below which they are pushed apart.
         condition: For dar, the obs column (batch, donor ...) that the cell embedding should not tell.
         temperature: For cce, what cosine similarities are divided by.
+        head: For cls, what reads the class: `cell`, the cell embedding, or `genes`, a number per gene (scBERT).
         start_step: First optimizer step in which the term counts.
     """
 
@@ -132,6 +178,7 @@ class ObjectiveConfig:
     threshold: float = 0.8
     condition: str | None = None
     temperature: float = 0.5
+    head: Literal["cell", "genes"] = "cell"
     start_step: int = 0
 
 

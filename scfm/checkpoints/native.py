@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,7 +229,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def of_type(kind: type, values: dict[str, Any], source: str) -> Any:
     """Build a dataclass from stored values; a key that this version does not know is an error, not ignored."""
-    unknown = values.keys() - {f.name for f in fields(kind)}
+    types = get_type_hints(kind)
+    unknown = values.keys() - types.keys()
     if unknown:
         raise ScfmError(f"{source}: unknown keys {sorted(unknown)}; was it written by a newer scfm?")
-    return kind(**values)
+    inner = {name: of_type(types[name], value, source) for name, value in values.items() if is_dataclass(types[name])}
+    return kind(**values | inner)

@@ -32,7 +32,7 @@ class TokenConfig:
 
     genes: Literal["expressed", "all"] = "expressed"
     max_genes: int = 1199
-    values: Literal["binned", "raw"] = "binned"
+    values: Literal["binned", "log2", "raw"] = "binned"
     n_bins: int = 51
     tie_policy: Literal["left", "random"] = "left"
     mask_ratios: Sequence[float] = field(default_factory=lambda: (0.25, 0.5, 0.75))

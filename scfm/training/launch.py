@@ -16,6 +16,7 @@ from torch import nn
 
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe, TrainerConfig
+from scfm.training.cores import OwnCores
 
 # Every rank runs the same objectives on every step, so all parameters get a gradient, and no buffer ever differs
 DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False, "find_unused_parameters": False}
@@ -41,6 +42,7 @@ def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
     options["strategy"] = strategy_of(strategy)
     quieten()
     keep_memory()
+    objects["callbacks"] = [*objects.get("callbacks", []), OwnCores()]
     # the loader itself serves each rank its own packs
     return L.Trainer(**options, **objects, use_distributed_sampler=False, enable_progress_bar=False)
 
