@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfm.checkpoints.native import ModelFiles
-from scfm.checkpoints.scgpt.report import Report
+from scfm.checkpoints.report import Report
 from scfm.recipe import Recipe
 from scfm.version import __version__
 

@@ -105,7 +105,7 @@ def test_which_file_holds_the_weights(tiny: Path) -> None:
         read_scgpt(tiny)
     for path in tiny.glob("*.pt"):
         path.unlink()
-    with pytest.raises(ScfmError, match=r"found no \.pt file; give the file itself"):
+    with pytest.raises(ScfmError, match=r"found no \.pt or \.pth file; give the file itself"):
         read_scgpt(tiny)
 
 
