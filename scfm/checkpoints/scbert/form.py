@@ -42,7 +42,9 @@ class Form:
     notes: list[str] = field(default_factory=list)
 
 
-def read_form(shapes: Shapes, labels: Sequence[str] | None, kernel: Kernel, table: str) -> Form:
+def read_form(
+    shapes: Shapes, labels: Sequence[str] | None, kernel: Kernel, table: str, *, headless: bool = False
+) -> Form:
     """Return the form of a model.
 
     Args:
@@ -50,6 +52,7 @@ def read_form(shapes: Shapes, labels: Sequence[str] | None, kernel: Kernel, tabl
         labels: names of the classes of a fine-tuned model.
         kernel: of the features, which no tensor tells.
         table: where the frozen gene vectors come from.
+        headless: the head was left behind on purpose.
 
     Raises:
         ScfmError: names the size that no tensor tells, and the tensors that would.
@@ -83,12 +86,12 @@ def read_form(shapes: Shapes, labels: Sequence[str] | None, kernel: Kernel, tabl
             norm="layer" if factor is None else "scale" if factor else "rezero",  # one number, or a scalar
             glu=widened == 2 * hidden,
             reversible=any(name.startswith("performer.net.blocks.") for name in shapes),
-            tied=not any(name.startswith("to_out.") for name in shapes),
+            tied=not headless and not any(name.startswith("to_out.") for name in shapes),
             qkv_bias=any(name.endswith(".fn.to_q.bias") for name in shapes),
         ),
     )
     form = Form(model, rows - 1, [])
-    form.heads = heads_of(shapes, rows, labels, form.notes)
+    form.heads = [] if headless else heads_of(shapes, rows, labels, form.notes)
     form.notes += said_by_nothing(form, GENES in shapes)
     return form
 
@@ -111,7 +114,7 @@ def said_by_nothing(form: Form, has_table: bool) -> list[str]:
     if form.model.performer.tied:
         notes.append("without to_out.*, the value embedding reads the bins out (tie_embed)")
     if not has_table:
-        notes.append(f"without {GENES}, all gene vectors are zeros (g2v_position_emb off): genes are told apart by none")
+        notes.append(f"without {GENES}, all gene vectors are zeros (g2v_position_emb off): nothing tells genes apart")
     return notes
 
 

@@ -18,6 +18,7 @@ from scfm.checkpoints.native import ModelFiles
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
+TABLE = "backbone.gene_embedding.weight"
 GENES = "pos_emb.emb.weight"
 VALUES = "token_emb.weight"
 COUNTER = "performer.calls_since_last_redraw"
@@ -128,12 +129,11 @@ def pairs_of(files: ModelFiles) -> list[Pair]:
     """
     with torch.device("meta"):  # names and shapes only
         tensors = files.build().state_dict()
-    branches = BRANCHES["reversible" if files.model.performer.reversible else "layers"]
-    roles = {f"heads.{head.task}.": f"heads.{head.kind}." for head in files.heads}
+    branches = BRANCHES[layout_of(files)]
+    kinds = {head.task: head.kind for head in files.heads}
     nameless, pairs = [], []
     for native, tensor in tensors.items():
-        role = next((kind + native.removeprefix(task) for task, kind in roles.items() if native.startswith(task)), native)
-        name = their_name(role, branches)
+        name = their_name(role_name(native, kinds), branches)
         if name is None:
             nameless.append(native)
         else:
@@ -141,6 +141,18 @@ def pairs_of(files: ModelFiles) -> list[Pair]:
     if nameless:
         raise ScfmError("scBERT has no tensors for " + ", ".join(nameless))
     return pairs
+
+
+def role_name(native: str, kinds: Mapping[str, str]) -> str:
+    """Return our name of a tensor, a head under its kind."""
+    place, _, rest = native.partition(".")
+    task, _, leaf = rest.partition(".")
+    return f"heads.{kinds[task]}.{leaf}" if place == "heads" else native
+
+
+def layout_of(files: ModelFiles) -> str:
+    """Return how scBERT names the branches of a block: in a sequence of layers, or in reversible pairs."""
+    return "reversible" if files.model.performer.reversible else "layers"
 
 
 def pair_of(native: str, name: str, shape: tuple[int, ...], files: ModelFiles) -> Pair:

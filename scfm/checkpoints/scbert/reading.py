@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scfm.checkpoints.card import converted_card
 from scfm.checkpoints.drop import matching
 from scfm.checkpoints.fit import Shapes, incomplete, misshapen, refuse
-from scfm.checkpoints.gene_names import token_names, with_ensembl
+from scfm.checkpoints.gene_names import names_of, with_ensembl
 from scfm.checkpoints.native import ModelFiles
 from scfm.checkpoints.record import RECORD, changed, read_record
 from scfm.checkpoints.report import Report
-from scfm.checkpoints.scbert.form import Form, Kernel, read_form
-from scfm.checkpoints.scbert.names import BRANCHES, GENES, Genes, Pair, pairs_of, part_of
+from scfm.checkpoints.scbert.form import Kernel, read_form
+from scfm.checkpoints.scbert.names import GENES, TABLE, Genes, Pair, layout_of, pairs_of, part_of
 from scfm.checkpoints.torch_files import read_content, tensors_in, weights_file
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import SPECIALS, Gene, Vocabulary
@@ -156,7 +157,8 @@ def to_native(
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
     try:
-        form = read_form(shapes, labels, kernel, source)
+        headless = any(part_of(name) == "to_out" for name in dropped)
+        form = read_form(shapes, labels, kernel, source, headless=headless)
         tokens = tokens_of(form.n_bins, vocabulary)
     except ScfmError as error:
         raise ScfmError(f"{source}: {error}") from error
@@ -165,21 +167,26 @@ def to_native(
     pairs = [pair for pair in pairs_of(files) if GENES in kept or pair.theirs != (GENES,)]
     check(shapes, pairs, vocabulary, source)
     notes = form.notes + rounding(kept)
-    exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
-    weights = {pair.native: pair.to_native(exact, genes) for pair in pairs}
-    if GENES not in kept:
-        weights["backbone.gene_embedding.weight"] = exact["token_emb.weight"].new_zeros(len(vocabulary), form.model.width)
-    layout = "reversible" if form.model.performer.reversible else "layers"
+    weights = native_tensors(pairs, kept, files, genes)
     files.training_data = {
         "converted": {
             "from": "scBERT",
             "file": source,
-            "layout": layout,
+            "layout": layout_of(files),
             "left_behind": dropped,
             "gene_table": str(kept[GENES].dtype).removeprefix("torch.") if GENES in kept else None,
         }
     }
-    return files, weights, Report(layout, parts_of(kept), numbers_in(kept), list(dropped), notes)
+    return files, weights, Report(layout_of(files), parts_of(kept), numbers_in(kept), list(dropped), notes)
+
+
+def native_tensors(pairs: Sequence[Pair], state: State, files: ModelFiles, genes: Genes) -> dict[str, Tensor]:
+    """Return our tensors by name, as float32; a gene table that scBERT lacks is zeros."""
+    exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    weights = {pair.native: pair.to_native(exact, genes) for pair in pairs}
+    if TABLE not in weights:
+        weights[TABLE] = torch.zeros(len(files.vocabulary), files.model.width)
+    return weights
 
 
 def tokens_of(n_bins: int, vocabulary: Vocabulary) -> TokenConfig:
@@ -231,15 +238,15 @@ def read_back(state: State, file: Path) -> tuple[ModelFiles, dict[str, Tensor], 
     """Return the model that scfm exported into the folder of this file of weights."""
     record = read_record(file.parent, file)
     files = record.files
-    names, listed = token_names(files.vocabulary), file.parent / GENE_LIST
+    names, listed = names_of(files.vocabulary), file.parent / GENE_LIST
     if lines_of(read_text(listed)) != [names[i] for i in record.native_of]:
         raise changed(listed)
-    genes = Genes(files.vocabulary, record.native_of)
-    exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    weights = {p.native: p.to_native(exact, genes) for p in pairs_of(files) if p.theirs[0] in exact}
-    ...
+    pairs = [pair for pair in pairs_of(files) if pair.theirs[0] in state or pair.theirs != (GENES,)]
+    weights = native_tensors(pairs, state, files, Genes(files.vocabulary, record.native_of))
+    for entry, row in record.kept.items():
+        weights[TABLE][int(entry)] = torch.tensor(row)
     notes = [f"{RECORD} says what scfm exported here: this is that model again"]
-    return files, weights, Report("layers", parts_of(state), numbers_in(state), record.added, notes)
+    return files, weights, Report(layout_of(files), parts_of(state), numbers_in(state), record.added, notes)
 
 
 def parts_of(state: Collection[str]) -> dict[str, int]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from scgpt_folders import TOKENS, same, write_folder
 
+from scfm.checkpoints.gene_names import names_of
 from scfm.checkpoints.scgpt.reading import read_scgpt
-from scfm.checkpoints.scgpt.tokens import read_tokens, token_names
+from scfm.checkpoints.scgpt.tokens import read_tokens
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 
@@ -213,7 +214,7 @@ def test_tokens_for_scgpt_are_symbols_where_these_are_unique() -> None:
             Gene("<cls>"),
         ]
     )
-    assert token_names(vocabulary) == [
+    assert names_of(vocabulary) == [
         "CD3D",
         "ENSG00000000001",
         "ENSG00000000002",
