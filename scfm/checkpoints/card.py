@@ -10,6 +10,11 @@ from scfm.checkpoints.report import Report
 from scfm.recipe import Recipe
 from scfm.version import __version__
 
+PAPERS = {
+    "scGPT": "Cui et al., Nature Methods 2024",
+    "scBERT": "Yang et al., Nature Machine Intelligence 2022",
+}
+
 
 def model_card(
     recipe: Recipe,
@@ -49,7 +54,7 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
-        f"| attention | {model.attention} |",
+        f"| attention | {attention_of(files)} |",
         f"| values | {values_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary, at most {tokens.max_genes:,} per cell |",
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
@@ -80,26 +85,34 @@ def values_of(files: ModelFiles) -> str:
         "log2": f"log2(1 + expression per 10,000) rounded down, at most {files.tokens.n_bins - 1}",
         "raw": "as they are",
     }
-    return f"{files.value_kind}, {said[files.tokens.values]}, {files.model.value_encoder} encoder"
+    encoder = "an embedding per bin" if files.model.name == "scbert" else f"{files.model.value_encoder} encoder"
+    return f"{files.value_kind}, {said[files.tokens.values]}, {encoder}"
+
+
+def attention_of(files: ModelFiles) -> str:
+    """Return in words what mixes the genes of a cell."""
+    model = files.model
+    return f"{model.mixer}, mode {model.performer.mode}" if model.name == "scbert" else model.attention
 
 
 def converted_card(files: ModelFiles, report: Report) -> str:
-    """Return the card of a model that was converted from an scGPT checkpoint, as Markdown.
+    """Return the card of a model that was converted from another program's checkpoint, as Markdown.
 
     Args:
         files: the model's own description.
         report: what the conversion did.
     """
-    model, tokens, converted = files.model, files.tokens, files.training_data["converted"]
+    model, converted = files.model, files.training_data["converted"]
+    original = converted["from"]
     lines = [
         "---",
         "library_name: scfm",
-        "tags: [single-cell, transcriptomics, foundation-model, scGPT]",
+        f"tags: [single-cell, transcriptomics, foundation-model, {original}]",
         "---",
-        f"# {model.name}, {report.n_parameters:,} parameters, converted from scGPT",
+        f"# {model.name}, {report.n_parameters:,} parameters, converted from {original}",
         "",
-        f"Converted by scfm {__version__} from the scGPT checkpoint {converted['file']}: its weights, none of them "
-        "trained or changed since. Cite scGPT (Cui et al., Nature Methods 2024) and whoever trained it.",
+        f"Converted by scfm {__version__} from the {original} checkpoint {converted['file']}: its weights, none of "
+        f"them trained or changed since. Cite {original} ({PAPERS[original]}) and whoever trained it.",
         "",
         "```python",
         "import scfm",
@@ -112,10 +125,9 @@ def converted_card(files: ModelFiles, report: Report) -> str:
         "|---|---|",
         f"| tensors | {report.n_tensors}, layout {report.layout} |",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
-        f"| attention | {model.attention} |",
+        f"| attention | {attention_of(files)} |",
         f"| values | {values_of(files)} |",
-        f"| tokens | preset {converted['preset']}: `<cls>` has the value {tokens.cls_value:g}, at most "
-        f"{tokens.max_genes:,} genes per cell, ties {tokens.tie_policy} |",
+        f"| tokens | {tokens_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary |",
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
@@ -129,6 +141,15 @@ def converted_card(files: ModelFiles, report: Report) -> str:
     if report.notes:
         lines += ["## Notes", *(f"- {note}" for note in report.notes), ""]
     return "\n".join(lines)
+
+
+def tokens_of(files: ModelFiles) -> str:
+    """Return in words which tokens a converted model reads."""
+    tokens, preset = files.tokens, files.training_data["converted"].get("preset")
+    cls = f"`<cls>` has the value {tokens.cls_value:g}"
+    if preset is None:
+        return f"all genes of the vocabulary, and {cls}"
+    return f"preset {preset}: {cls}, at most {tokens.max_genes:,} genes per cell, ties {tokens.tie_policy}"
 
 
 def labels_of(files: ModelFiles) -> list[str]:

@@ -217,7 +217,7 @@ def check(shapes: Shapes, pairs: Sequence[Pair], vocabulary: Vocabulary, source:
 def why_unexpected(part: str | None, names: Sequence[str]) -> str:
     if any(UPSTREAM in name for name in names):
         return "written by the package performer-pytorch, whose features and positions are others than scBERT's"
-    return f"scBERT's {part} has no such tensors beside the others" if part else "scBERT has no such part"
+    return f"scBERT's {part} has no such tensors" if part else "scBERT has no such part"
 
 
 def rounding(state: State) -> list[str]:

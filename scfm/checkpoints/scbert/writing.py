@@ -20,7 +20,7 @@ from scfm.checkpoints.scbert.reading import GENE_LIST, WRAPPED, numbers_in, part
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
-WEIGHTS = "scbert.pth"
+WEIGHTS, LABEL_LIST = "scbert.pth", "labels.txt"
 
 
 @dataclass
@@ -62,17 +62,17 @@ def to_scbert(
     for pair in pairs_of(files):
         state |= pair.to_theirs(weights[pair.native], genes)
     names = names_of(files.vocabulary)
-    report = Report(layout_of(files), {}, 0, dropped, notes(files))
     kind = table_type(files, weights[TABLE])
+    said = notes(files, has_table=kind is not None)
     if kind is None:
         del state[GENES]
-        report.notes.append(f"all gene vectors are zeros: {GENES} is left out, as where g2v_position_emb is off")
+        said.append(f"all gene vectors are zeros: {GENES} is left out")
     else:
         state[GENES] = state[GENES].to(kind)
-        if kind is torch.float64:
-            report.notes.append(f"{GENES} is float64, as scBERT keeps it; float32 holds its values exactly")
+    if kind is torch.float64:
+        said.append(f"{GENES} is float64, as scBERT keeps it, with the values of float32")
     state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    report.parts, report.n_parameters = parts_of(state), numbers_in(state)
+    report = Report(layout_of(files), parts_of(state), numbers_in(state), dropped, said)
     special = [i for i in range(files.vocabulary.n_genes, len(names)) if i != files.vocabulary.cls]
     kept = {str(i): weights[TABLE][i].tolist() for i in special if weights[TABLE][i].any()}
     return Export(state, [names[i] for i in genes.native_of], Record(files, list(genes.native_of), [], kept), report)
@@ -125,7 +125,7 @@ def check(files: ModelFiles) -> None:
         raise ScfmError("scBERT cannot hold this model:\n  " + "\n  ".join(wrong))
 
 
-def notes(files: ModelFiles) -> list[str]:
+def notes(files: ModelFiles, *, has_table: bool) -> list[str]:
     """Return in words how scBERT must be built for these tensors, and what it computes in another way than scfm."""
     model, form = files.model, files.model.performer
     built = {
@@ -144,22 +144,21 @@ def notes(files: ModelFiles) -> list[str]:
         "reversible": form.reversible,
         "tie_embed": form.tied,
         "qkv_bias": form.qkv_bias,
+        "kernel_fn": "torch.nn.GELU()" if form.kernel == "gelu" else None,
     }
-    said = "PerformerLM(" + ", ".join(f"{name}={value}" for name, value in built.items() if value is not False) + ")"
-    notes = [f"scBERT's file does not say how to build its model: {said}"]
-    if form.kernel == "gelu":
-        notes.append("and kernel_fn=torch.nn.GELU()")
+    given = {name: value for name, value in built.items() if value not in (None, False)}
+    given |= {} if has_table else {"g2v_position_emb": False}
+    arguments = ", ".join(f"{name}={value}" for name, value in given.items())
+    said = [f"scBERT's file does not say how to build its model: PerformerLM({arguments})"]
     if form.mode == "correct":
-        notes.append("the model was trained in the mode correct: scBERT's outputs differ, by batch mates among others")
+        said.append("the model was trained in the mode correct: scBERT's outputs differ, by batch mates among others")
     theirs = tokens_of(files.tokens.n_bins, files.vocabulary)
-    other = [
-        name
-        for name in ("genes", "max_genes", "values", "cls_value", "mask_value")
-        if getattr(files.tokens, name) != getattr(theirs, name)
-    ]
+    read = ("genes", "values", "cls_value", "mask_value")
+    other = [name for name in read if getattr(files.tokens, name) != getattr(theirs, name)]
+    other += ["max_genes"] if files.tokens.max_genes < theirs.max_genes else []
     if other or files.value_kind != "counts":
-        notes.append(f"scBERT reads cells in another way: data.{', data.'.join(other or ['values'])} is not as there")
-    return notes
+        said.append(f"scBERT reads cells in another way: data.{', data.'.join(other or ['values'])} is not as there")
+    return said
 
 
 def table_type(files: ModelFiles, table: Tensor) -> torch.dtype | None:
@@ -171,7 +170,7 @@ def table_type(files: ModelFiles, table: Tensor) -> torch.dtype | None:
 
 
 def write_scbert(folder: Path, export: Export) -> None:
-    """Write scbert.pth, genes.txt and scfm.json under a temporary name, then rename the folder.
+    """Write scbert.pth, genes.txt, scfm.json and the names of classes under a temporary name, then rename the folder.
 
     Raises:
         ScfmError: the folder holds anything.
@@ -181,7 +180,10 @@ def write_scbert(folder: Path, export: Export) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / GENE_LIST).write_text("".join(f"{name}\n" for name in export.genes), encoding="utf-8")
+    labels = [label for head in export.record.files.heads for label in head.labels or []]
+    for name, lines in ((GENE_LIST, export.genes), (LABEL_LIST, labels)):
+        if lines:
+            (partial / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     weights = partial / WEIGHTS
     torch.save({WRAPPED: export.state}, weights)
     write_record(partial, export.record, weights)

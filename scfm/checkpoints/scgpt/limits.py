@@ -23,6 +23,8 @@ def scgpt_class(files: ModelFiles) -> str:
 
 def check(files: ModelFiles) -> None:
     """Raise ScfmError that lists all that scGPT has no place for, with the option that drops it where one exists."""
+    if files.model.name != "scgpt":
+        raise ScfmError(f"a model of the kind {files.model.name} is none of scGPT's")
     kind = scgpt_class(files)
     wrong = wrong_model(files, kind)
     for head in files.heads:

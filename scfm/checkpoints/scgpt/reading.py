@@ -33,7 +33,7 @@ def read_scgpt(
     source: Path | str,
     *,
     args: Path | str | None = None,
-    vocab: Path | str | None = None,
+    vocabulary: Path | str | None = None,
     preset: Preset = "zero_shot",
     allow: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -49,7 +49,7 @@ def read_scgpt(
     Args:
         source: folder with args.json, vocab.json and weights, or the file with the weights.
         args: args.json, if it is not beside the weights.
-        vocab: vocab.json, or a text file with a token per line, if it is not beside the weights.
+        vocabulary: vocab.json, or a text file with a token per line, if it is not beside the weights.
         preset: `zero_shot` or `finetuned`: how cells become tokens.
         allow: parts for which the tensors are right, whatever args.json says.
         drop: patterns of tensors to leave behind, by their names in layout flash.
@@ -68,17 +68,17 @@ def read_scgpt(
     state = read_state(weights)
     exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     if (folder / RECORD).is_file():
-        if any([args, vocab, labels, batches, allow, drop, ensembl_of]) or preset != "zero_shot":
+        if any([args, vocabulary, labels, batches, allow, drop, ensembl_of]) or preset != "zero_shot":
             raise ScfmError(
                 f"{folder / RECORD}: says what scfm exported here, so no option is needed; to read the folder as "
                 "scGPT's alone, remove this file"
             )
         return read_back(exact, weights)
     said = read_args(Path(args) if args else folder / "args.json")
-    vocab = Path(vocab) if vocab else folder / "vocab.json"
+    listed = Path(vocabulary) if vocabulary else folder / "vocab.json"
     _, names = layout_of(state)
     rows = [tensor.shape[0] for name, tensor in state.items() if names[name] == GENES and tensor.ndim == 2]
-    tokens = read_tokens(vocab, rows[0] if rows else 0, ensembl_of)
+    tokens = read_tokens(listed, rows[0] if rows else 0, ensembl_of)
     files, native, report = to_native(
         exact,
         said,

@@ -116,13 +116,13 @@ def test_args_and_vocabulary_can_stand_elsewhere(tiny: Path, tmp_path: Path) -> 
     args, vocab = ((tiny / f"{name}.json").rename(tmp_path / f"elsewhere/{name}.json") for name in ("args", "vocab"))
     with pytest.raises(ScfmError, match=r"args\.json: there is no such file; name the args\.json .* with --args"):
         read_scgpt(tiny)
-    assert same(read_scgpt(tiny, args=args, vocab=vocab)[1], expected)
+    assert same(read_scgpt(tiny, args=args, vocabulary=vocab)[1], expected)
     args.write_text("{")
     with pytest.raises(ScfmError, match=r"args\.json: is not JSON"):
-        read_scgpt(tiny, args=args, vocab=vocab)
+        read_scgpt(tiny, args=args, vocabulary=vocab)
     args.write_text("[]")
     with pytest.raises(ScfmError, match=r"args\.json: holds a list; expected an object of settings"):
-        read_scgpt(tiny, args=args, vocab=vocab)
+        read_scgpt(tiny, args=args, vocabulary=vocab)
 
 
 # vocabularies
