@@ -76,7 +76,7 @@ def test_a_pretrained_checkpoint(shared: Path, names: Path, name: str) -> None:
     assert (converted["epoch"], round(converted["losses"], 4), converted["file"]) == (1, 2.0169, name)
     assert f"Converted by scfm {__version__} from the scBERT checkpoint {name}" in files.card
     assert "Cite scBERT (Yang et al., Nature Machine Intelligence 2022)" in files.card
-    assert "| attention | favor, mode compat |" in files.card
+    assert "| mixer | favor, compat, kernel exp, heads of width 16 |" in files.card
 
 
 def test_a_fine_tuned_checkpoint(shared: Path, names: Path) -> None:

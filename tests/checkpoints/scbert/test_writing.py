@@ -21,7 +21,7 @@ from scfm.checkpoints.native import ModelFiles, read_model, read_weights, write_
 from scfm.checkpoints.scbert.reading import read_checkpoint, read_scbert, to_native
 from scfm.checkpoints.scbert.writing import to_scbert, write_scbert
 from scfm.checkpoints.scgpt.writing import to_scgpt
-from scfm.data.vocabulary import Vocabulary
+from scfm.data.vocabulary import SPECIALS, Gene, Vocabulary, is_ensembl
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
 
@@ -70,7 +70,7 @@ def test_an_export_is_complete_without_scfm_json(tmp_path: Path, form: str) -> N
 @pytest.mark.golden
 @pytest.mark.parametrize("name", ["base_nog2v", "base_g2v", "rezero", "reversible", "finetune_head"])
 def test_scbert_to_native_and_back(shared: Path, tmp_path: Path, name: str) -> None:
-    """Bit for bit where gene2vec has the values of float32; that of the stored cases is rounded once, and said to be."""
+    """Bit for bit, where gene2vec has values that float32 holds."""
     folder = shared / "golden/scbert" / name
     state = load_file(folder / "state_dict.safetensors")
     kernel = kernel_of(json.loads((folder / "case.json").read_text())["meta"]["config"])
@@ -121,7 +121,7 @@ def test_an_export_in_another_order(tmp_path: Path) -> None:
     plain = to_scbert(files, weights)
     order = [*range(19, 9, -1), *range(10)]
     mixed = [plain.genes[i] if i % 2 else files.vocabulary.entries[i].id for i in order]
-    export = to_scbert(files, weights, order=vocabulary_of(mixed).__class__(genes_of(mixed)))
+    export = to_scbert(files, weights, order=named(mixed))
     assert export.genes == [plain.genes[i] for i in order]
     rows = [*order, 20]
     expected = plain.state | {
@@ -136,11 +136,9 @@ def test_an_export_in_another_order(tmp_path: Path) -> None:
     assert same(again, weights)
 
 
-def genes_of(names: list[str]) -> Any:
-    from scfm.data.vocabulary import SPECIALS, Gene, is_ensembl
-
-    named = [Gene.of(name, None) if is_ensembl(name) else Gene.of(None, name) for name in names]
-    return [*named, *map(Gene, SPECIALS)]
+def named(names: list[str]) -> Vocabulary:
+    genes = [Gene.of(name, None) if is_ensembl(name) else Gene.of(None, name) for name in names]
+    return Vocabulary([*genes, *map(Gene, SPECIALS)])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +157,7 @@ def test_an_order_must_name_the_genes_of_the_model(change: Any, message: str) ->
     files, weights = a_model("classes")
     names = change(to_scbert(files, weights).genes)
     with pytest.raises(ScfmError, match=rf"--vocabulary: scBERT's order must name the genes of the model: {message}"):
-        to_scbert(files, weights, order=Vocabulary(genes_of(names)))
+        to_scbert(files, weights, order=named(names))
 
 
 # what scBERT cannot hold
