@@ -135,6 +135,7 @@ def converted_card(files: ModelFiles, report: Report) -> str:
         f"| values | {values_of(files)} |",
         f"| tokens | {tokens_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary |",
+        *([f"| gene vectors | frozen, from {model.gene_table} |"] if model.gene_table else []),
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
         f"| left behind | {', '.join(report.left_behind) or 'nothing'} |",

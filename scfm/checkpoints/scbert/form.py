@@ -107,8 +107,8 @@ def heads_of(shapes: Shapes, rows: int, labels: Sequence[str] | None, notes: lis
 
 
 def said_by_nothing(form: Form, has_table: bool) -> list[str]:
-    """Return in words what was assumed, for no tensor tells it."""
-    notes = []
+    """Return in words what was assumed, for no tensor tells it, and what follows."""
+    notes = ["mode compat: as in scBERT, what a cell gives depends on the cells that it is packed with"]
     if form.model.performer.kernel == "exp":
         notes.append("features exp (FAVOR+) and dropout 0, as in the published model; the file does not tell them")
     if form.model.performer.tied:

@@ -19,7 +19,7 @@ from scfm.checkpoints.native import ModelFiles
 from scfm.checkpoints.record import RECORD, changed, read_record
 from scfm.checkpoints.report import Report
 from scfm.checkpoints.scbert.form import Kernel, read_form
-from scfm.checkpoints.scbert.names import GENES, TABLE, Genes, Pair, layout_of, pairs_of, part_of
+from scfm.checkpoints.scbert.names import GENES, PARTS, TABLE, Genes, Pair, layout_of, pairs_of, part_of
 from scfm.checkpoints.torch_files import read_content, tensors_in, weights_file
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import SPECIALS, Gene, Vocabulary
@@ -250,7 +250,8 @@ def read_back(state: State, file: Path) -> tuple[ModelFiles, dict[str, Tensor], 
 
 
 def parts_of(state: Collection[str]) -> dict[str, int]:
-    return dict(Counter(part_of(name) or "unknown" for name in state))
+    found = Counter(map(part_of, state))
+    return {part: found[part] for part in PARTS if part in found}
 
 
 def numbers_in(state: State) -> int:

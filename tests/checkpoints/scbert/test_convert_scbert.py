@@ -66,7 +66,7 @@ def test_there_and_back(tuned: list[Any], tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     for said in (
         "layout layers: 55 tensors, 209,735 parameters",
-        "parts: norm 2, performer 43, pos_emb 1, to_out 8, token_emb 1",
+        "parts: token_emb 1, pos_emb 1, performer 43, norm 2, to_out 8",
         "left behind: optimizer_state_dict",
         "note: pos_emb.emb.weight is float64 in scBERT and float32 here, which holds its values exactly",
         f"written: {tmp_path}/model",
