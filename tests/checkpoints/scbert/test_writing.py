@@ -112,6 +112,17 @@ def test_a_float32_table_stays_one(tmp_path: Path) -> None:
     assert same(to_scbert(files, weights).state, state)
 
 
+def test_a_table_of_zeros_is_left_out(tmp_path: Path) -> None:
+    """As scBERT has it without gene2vec, whether or not the model came from there."""
+    files, weights = a_model("compat", gene_table="empty.npy")
+    weights["backbone.gene_embedding.weight"].zero_()
+    export = to_scbert(files, weights)
+    assert "pos_emb.emb.weight" not in export.state
+    assert "g2v_position_emb=False" in export.report.notes[0]
+    write_scbert(tmp_path / "out", export)
+    assert same(read_scbert(tmp_path / "out")[1], weights)
+
+
 # the order of genes
 
 
@@ -214,8 +225,10 @@ def test_an_export_that_was_changed_is_not_read_as_the_old_model(tmp_path: Path)
     with pytest.raises(ScfmError, match=r"genes\.txt: is not what scfm exported; remove scfm\.json to read the folder"):
         read_scbert(out)
     (out / "genes.txt").write_text(names)
-    with pytest.raises(ScfmError, match=r"scfm\.json: says what scfm exported here, so no option is needed"):
-        read_scbert(out, vocabulary=out / "genes.txt")
+    options: list[dict[str, Any]] = [{"vocabulary": out / "genes.txt"}, {"kernel": "relu"}, {"drop": ["norm.*"]}]
+    for given in options:
+        with pytest.raises(ScfmError, match=r"scfm\.json: says what scfm exported here, so no option is needed"):
+            read_scbert(out, **given)
     state = torch.load(out / "scbert.pth", weights_only=True)["model_state_dict"]
     write_checkpoint(out / "scbert.pth", {name: tensor + 1 for name, tensor in state.items()})
     with pytest.raises(ScfmError, match=r"scbert\.pth: is not what scfm exported; remove scfm\.json to read"):
