@@ -23,7 +23,11 @@ FEATURES_PER_BLOCK = {"cpu": 2**18, "cuda": 2**26}  # 1 MB of float32, a core's 
 EPS = 1e-8  # keeps normalisers above zero; errors to exact softmax are those of 0 (docs/concepts/performer.md)
 COMPAT_EPS = 1e-4
 KERNEL_EPS = 1e-3  # of relu and gelu, in both modes
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "elu": lambda p: F.elu(p) + 1}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda p: F.relu(p).add_(KERNEL_EPS),
+    "gelu": lambda p: F.gelu(p).add_(KERNEL_EPS),
+    "elu": lambda p: F.elu(p).add_(1).add_(EPS),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,10 +143,13 @@ class FeatureMap:
 
     @property
     def eps(self) -> tuple[float, float]:
-        """What is added to the features of queries and of keys; queries need none where their largest feature is 1."""
+        """What E of queries and of keys lacks; queries need none where their largest feature is 1.
+
+        Kernels that may be negative add it at once: it would be lost beside sums that nearly cancel.
+        """
         if self.kernel == "exp":
             return (COMPAT_EPS, COMPAT_EPS) if self.compat else (0.0, EPS)
-        return (EPS, EPS) if self.kernel == "elu" else (KERNEL_EPS, KERNEL_EPS)
+        return 0.0, 0.0
 
     @property
     def moving_peaks(self) -> bool:
@@ -189,7 +196,7 @@ class FeatureMap:
         if self.kernel == "exp":
             return d_phi.mul_(e)
         if self.kernel == "relu":
-            return aten.threshold_backward(d_phi, e, 0)
+            return aten.threshold_backward(d_phi, p, 0)
         if self.kernel == "gelu":
             return aten.gelu_backward(d_phi, p)
         return aten.elu_backward(d_phi, 1, 1, 1, False, p)

@@ -75,7 +75,29 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
-class Favor(Mixer):
+class FeatureMixer(Mixer):
+    """Attention through features.
+
+    Attributes:
+        kernel: what becomes of a projected vector; see `scfm.model.features`.
+        compat: as scBERT's release; see `Favor`.
+        projection: (m, d) buffer, random directions; (0, d) where nothing is projected.
+    """
+
+    projection: Tensor
+    kernel: str
+    compat = False
+
+    def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
+        cells = segments.cu_seqlens, segments.longest
+        return feature_attention(qkv, self.projection, *cells, self.kernel, self.compat, key_mask)
+
+    def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
+        cells = segments.cu_seqlens, segments.longest
+        return feature_scores(qkv, self.projection, *cells, self.kernel, self.compat)
+
+
+class Favor(FeatureMixer):
     """FAVOR+ (Choromanski et al. 2021), and the generalized and projection-free attention of scBERT's release.
 
     `correct`: the stabiliser of keys is the largest exponent of their cell and head, without a gradient; eps is 1e-8;
@@ -83,12 +105,7 @@ class Favor(Mixer):
     `compat`: the stabiliser of queries is their largest w_f y, that of keys ONE largest w_f y over all cells, heads,
     positions and features of the pack, both with their gradient; eps is 1e-4, so that batch mates change the result; a
     mask zeroes values only, and masked keys stay in z.
-
-    Attributes:
-        projection: (m, d) buffer, the random directions; all heads share them.
     """
-
-    projection: Tensor
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
@@ -97,13 +114,14 @@ class Favor(Mixer):
         if min(m, d) < 1:
             raise ScfmError(f"model.performer: {m} features of heads of width {d}: both must be at least 1")
         self.config = config
+        self.kernel = config.kernel
         self.compat = config.mode == "compat"
         self.register_buffer("projection", torch.empty(m, d))
         self.redraw()
 
     def extra_repr(self) -> str:
         m, d = self.projection.shape
-        return f"{self.config.mode}, kernel={self.config.kernel}, features={m}, head_width={d}"
+        return f"{self.config.mode}, kernel={self.kernel}, features={m}, head_width={d}"
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
@@ -112,16 +130,14 @@ class Favor(Mixer):
         self.projection.copy_(orthogonal_directions(m, d, self.config.scaling == "norms", generator))
 
     def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
-        if self.config.kernel == "none":
+        if self.kernel == "none":
             return without_projection(qkv, segments, key_mask, self.compat)
-        cells = segments.cu_seqlens, segments.longest
-        return feature_attention(qkv, self.projection, *cells, self.config.kernel, self.compat, key_mask)
+        return super().forward(qkv, segments, key_mask)
 
     def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
-        if self.config.kernel == "none":
+        if self.kernel == "none":
             return scores_without_projection(qkv, segments)
-        cells = segments.cu_seqlens, segments.longest
-        return feature_scores(qkv, self.projection, *cells, self.config.kernel, self.compat)
+        return super().gene_scores(qkv, segments)
 
 
 def orthogonal_directions(m: int, d: int, norms: bool, generator: torch.Generator | None) -> Tensor:
@@ -165,17 +181,14 @@ def scores_without_projection(qkv: Tensor, segments: Segments) -> Tensor:
     return torch.cat(scores)
 
 
-class LinearAttention(Mixer):
+class LinearAttention(FeatureMixer):
     """Attention with the features elu(x) + 1 (Katharopoulos et al. 2020)."""
 
-    def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
-        nothing = qkv.new_empty(0, qkv.shape[-1])
-        cells = segments.cu_seqlens, segments.longest
-        return feature_attention(qkv, nothing, *cells, "elu", compat=False, key_mask=key_mask)
+    kernel = "elu"
 
-    def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
-        nothing = qkv.new_empty(0, qkv.shape[-1])
-        return feature_scores(qkv, nothing, segments.cu_seqlens, segments.longest, "elu", compat=False)
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.empty(0, head_width), persistent=False)
 
 
 class Softmax(Mixer):
@@ -210,4 +223,4 @@ def build_mixer(config: ModelConfig) -> Mixer:
     """Return the mixer that a recipe names."""
     if config.mixer == "favor":
         return Favor(config.performer)
-    return LinearAttention() if config.mixer == "linear" else Softmax()
+    return LinearAttention(config.performer.head_width) if config.mixer == "linear" else Softmax()
