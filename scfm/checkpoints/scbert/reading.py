@@ -122,10 +122,10 @@ def read_scbert(
     converted = files.training_data["converted"]
     if checkpoint.ddp:
         report.layout = converted["layout"] = f"{report.layout}, DDP"
-    left = [name for name in checkpoint.others if name not in ("epoch", "losses")]
+    numbers = {name: value for name, value in checkpoint.others.items() if isinstance(value, int | float)}
+    left = [name for name in checkpoint.others if name not in numbers]
     report.left_behind += left
-    converted["left_behind"] += left
-    converted |= {name: checkpoint.others[name] for name in ("epoch", "losses") if name in checkpoint.others}
+    converted |= {"left_behind": report.left_behind, "beside": numbers}  # the epoch, the loss
     files.card = converted_card(files, report)
     return files, native, report
 
@@ -157,7 +157,7 @@ def to_native(
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
     try:
-        headless = any(part_of(name) == "to_out" for name in dropped)
+        headless = "to_out" in map(part_of, dropped) and "to_out" not in map(part_of, kept)
         form = read_form(shapes, labels, kernel, source, headless=headless)
         tokens = tokens_of(form.n_bins, vocabulary)
     except ScfmError as error:

@@ -73,7 +73,8 @@ def test_a_pretrained_checkpoint(shared: Path, names: Path, name: str) -> None:
     assert report.parts == {"token_emb": 1, "pos_emb": 1, "performer": 29, "norm": 2, "to_out": 2}
     assert "pos_emb.emb.weight is float64 in scBERT and float32 here, rounded to it by at most 4.3e-08" in report.notes
     converted = files.training_data["converted"]
-    assert (converted["epoch"], round(converted["losses"], 4), converted["file"]) == (1, 2.0169, name)
+    assert converted["beside"] == {"epoch": 1, "losses": pytest.approx(2.0169, abs=1e-4)}
+    assert (converted["file"], converted["left_behind"]) == (name, report.left_behind)
     assert f"Converted by scfm {__version__} from the scBERT checkpoint {name}" in files.card
     assert "Cite scBERT (Yang et al., Nature Machine Intelligence 2022)" in files.card
     assert "| mixer | favor, compat, kernel exp, heads of width 16 |" in files.card

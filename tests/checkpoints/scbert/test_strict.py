@@ -56,9 +56,10 @@ def test_everything_that_does_not_fit_is_in_one_error(state: State) -> None:
 
 
 def test_unexpected_tensors_can_be_left_behind(state: State) -> None:
-    state["mystery.weight"] = torch.zeros(3)
-    _, _, report = to_native(state, vocabulary_of(), drop=["mystery.*"])
-    assert report.left_behind == ["mystery.weight"]
+    state |= {"mystery.weight": torch.zeros(3), "to_out.extra": torch.zeros(3)}
+    files, _, report = to_native(state, vocabulary_of(), drop=["mystery.*", "*.extra"])
+    assert report.left_behind == ["mystery.weight", "to_out.extra"]
+    assert [head.kind for head in files.heads] == ["bins"]
     assert "--drop nothing.* matches no tensor" in refused(state, drop=["nothing.*"])
 
 

@@ -235,7 +235,7 @@ def test_an_export_that_was_changed_is_not_read_as_the_old_model(tmp_path: Path)
         read_scbert(out / "scbert.pth")
     (out / "scfm.json").unlink()
     trained_on, _, _ = read_scbert(out / "scbert.pth", vocabulary=out / "genes.txt")
-    assert trained_on.training_data["converted"]["epoch"] == 4
+    assert trained_on.training_data["converted"]["beside"]["epoch"] == 4
 
 
 def test_a_folder_that_holds_anything_is_left_as_it_is(tmp_path: Path) -> None:
