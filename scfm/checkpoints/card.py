@@ -80,7 +80,7 @@ def values_of(files: ModelFiles) -> str:
     n_bins, model = files.tokens.n_bins, files.model
     read_as = {
         "binned": f"{n_bins} quantile bins per cell",
-        "log2": f"{n_bins} bins of log2(1 + counts per 10,000)",
+        "log2": f"log2(1 + expression per 10,000) rounded down, at most {n_bins - 1}",
         "raw": "as they are",
     }
     encoder = "embedding of bins" if model.name == "scbert" else f"{model.value_encoder} encoder"
