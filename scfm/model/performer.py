@@ -33,7 +33,7 @@ from scfm.model.feature_attention import cell_runs, feature_attention, feature_s
 from scfm.model.features import KERNEL_EPS
 from scfm.recipe import ModelConfig, PerformerConfig
 
-# kernels computed in one piece: `none` has no more features than a head is wide; features of `gelu` may be negative, and
+# kernels computed in one piece: `none` has no more features than a head is wide; those of `gelu` may be negative, and
 # where they nearly cancel in the normaliser, another order of summation is another result
 WHOLE = ("gelu", "none")
 LOGITS_AT_ONCE = 2**22  # of an attention matrix whose columns are summed
