@@ -33,7 +33,7 @@ from scfm.model.feature_attention import cell_runs, feature_attention, feature_s
 from scfm.model.features import KERNEL_EPS
 from scfm.recipe import ModelConfig, PerformerConfig
 
-# kernels computed in one piece: `none` has no more features than a head is wide; features of `gelu` may be negative, and
+# kernels computed in one piece: `none` has no more features than a head is wide; those of `gelu` may be negative, and
 # where they nearly cancel in the normaliser, another order of summation is another result
 WHOLE = ("gelu", "none")
 LOGITS_AT_ONCE = 2**22  # of an attention matrix whose columns are summed
@@ -118,7 +118,7 @@ class Favor(FeatureMixer):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
         d = config.head_width
-        m = int(d * math.log(d)) if config.features is None else config.features
+        m = default_features(d) if config.features is None else config.features
         if min(m, d) < 1:
             raise ScfmError(f"model.performer: {m} features of heads of width {d}: both must be at least 1")
         self.config = config
@@ -174,6 +174,11 @@ class Favor(FeatureMixer):
             if self.kernel == "none":
                 phi_q, phi_k = phi_q.softmax(-1), phi_k.softmax(-2)
             yield phi_q, phi_k, values
+
+
+def default_features(head_width: int) -> int:
+    """Return int(d ln d), as many random features as scBERT takes."""
+    return int(head_width * math.log(head_width))
 
 
 def orthogonal_directions(m: int, d: int, norms: bool, generator: torch.Generator | None) -> Tensor:
