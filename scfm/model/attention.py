@@ -280,7 +280,7 @@ class Flex:
         return flex(q, k, v, block_mask=self.mask, scale=default(scale, qkv))[0].transpose(0, 1)
 
 
-def fused_flex() -> Callable[..., Any]:
+def fused_flex() -> Any:
     """Return FlexAttention as one kernel; without compilation it would build all T^2 logits.
 
     A compiled block compiles it too, and must not meet another torch.compile.
@@ -289,7 +289,7 @@ def fused_flex() -> Callable[..., Any]:
 
 
 @cache
-def compiled_flex() -> Callable[..., Any]:
+def compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
@@ -344,7 +344,7 @@ class Dense:
 
     def __call__(self, qkv: Tensor, scale: float | None = None) -> Tensor:
         cells, length = self.sees.shape[0], self.sees.shape[-1]
-        padded = qkv.new_zeros(cells * length, *qkv.shape[1:]).index_copy(0, self.row, qkv)
+        padded = qkv.new_zeros(cells * length, *qkv.shape[1:]).index_put((self.row,), qkv)
         q, k, v = padded.unflatten(0, (cells, length)).permute(2, 0, 3, 1, 4)  # each (N, H, L, d)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.sees, dropout_p=self.dropout, scale=default(scale, qkv)
