@@ -248,7 +248,9 @@ def memory_plan(
 ) -> tuple[Memory, float, int]:
     """Return the memory of a step, that of the device, and the largest `tokens_per_pack` that fits into it."""
     kind = "cpu" if device == "cpu" else "cuda"
-    slow = kind == "cuda" and product_type(recipe.trainer.precision) == torch.float32  # flash kernels take 16 bits
+    # flash kernels take 16 bits, and heads of a multiple of 8
+    odd = product_type(recipe.trainer.precision) == torch.float32 or recipe.model.width // recipe.model.heads % 8 > 0
+    slow = kind == "cuda" and odd
     auto = recipe.model.backend == "auto"
     dense = recipe.model.backend == "dense" or (auto and slow) or recipe.model.attention_dropout > 0
     longest = int(cells.lengths.max())

@@ -81,6 +81,11 @@ def test_recomputed_blocks_take_a_third_more_time() -> None:
     assert any("blocks recomputed" in line for line in again.assumptions)
 
 
+def test_heads_that_no_flash_kernel_takes_keep_the_mask() -> None:
+    flash, dense = (plan_of(whole_human(model={"width": 480, "heads": heads}), "h100") for heads in (10, 24))
+    assert dense.memory["activations"] > 1.2 * flash.memory["activations"]
+
+
 def test_the_largest_pack_fits_and_the_next_does_not() -> None:
     small = plan_of(whole_human(), "rtx4090")
     assert small.largest_pack % 1024 == 0
