@@ -87,7 +87,7 @@ def test_a_run_learns_and_shows_its_baselines(shards: Path, tmp_path: Path) -> N
     assert guess in (folder / "README.md").read_text()
     assert "The accuracy of masked bins" in (folder / "README.md").read_text()
     log = (tmp_path / "run/log.txt").read_text()
-    assert "mixer favor (correct, kernel exp), 2 heads of 8" in log
+    assert "attention favor (correct, kernel exp, 2 heads of 8)" in log
     assert "baseline_accuracy/most frequent bin of the cell" in log
     assert (tmp_path / "run/plots/losses.png").stat().st_size > 5000
 
