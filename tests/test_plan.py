@@ -145,9 +145,10 @@ def test_every_bundled_recipe_can_be_planned_but_those_of_scbert() -> None:
     refused = []
     for path in WHOLE_HUMAN.parents[1].rglob("*.yaml"):
         recipe = read_recipe(path)
-        if recipe.model.name == "scbert":
+        if path.stem.startswith("scbert"):
             refused.append(path.stem)
-            with pytest.raises(ScfmError, match=r"model\.name: scbert is not planned yet"):
+            # a recipe of fine-tuning says which model it is for by the one that it starts from
+            with pytest.raises(ScfmError, match=r"(?i)model\.name: scbert is not planned yet|is a setting of scbert"):
                 plan_of(recipe, "l40s", cells=100_000)
             continue
         plan = plan_of(recipe, "l40s", cells=100_000)
