@@ -196,8 +196,14 @@ class OptimizerConfig:
         eps: AdamW's term added to the denominator.
         momentum: Muon's (Nesterov) momentum.
         weight_decay: Decoupled weight decay, on matrices only (no biases, norms or embeddings).
-        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps.
-        schedule: What follows the warm-up: `cosine` to zero, or `constant`.
+        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps. For cosine_restarts, whole
+            epochs at the start of each cycle.
+        schedule: What follows the warm-up: `cosine` to zero, `constant`, or `cosine_restarts`: cycles, each a warm-up
+            and a cosine from min_lr and back to it, the rate the same throughout an epoch (scBERT).
+        cycle_epochs: For cosine_restarts, epochs of the first cycle, its warm-up included.
+        cycle_growth: For cosine_restarts, how many times as long each cosine is as the one before.
+        cycle_decay: For cosine_restarts, the peak rate of each cycle as a share of the one before.
+        min_lr: For cosine_restarts, the rate that cycles start and end with.
         clip: Largest L2 norm of the gradient; 0 turns clipping off.
     """
 
@@ -208,7 +214,11 @@ class OptimizerConfig:
     momentum: float = 0.95
     weight_decay: float = 0.0
     warmup: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "cosine_restarts"] = "cosine"
+    cycle_epochs: int = 15
+    cycle_growth: float = 2.0
+    cycle_decay: float = 0.9
+    min_lr: float = 1e-6
     clip: float = 1.0
 
 
@@ -258,15 +268,25 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When a run is saved.
+    """When a run is saved, which of its weights are exported, and when it ends early.
 
     Args:
         every_steps: Optimizer steps between checkpoints.
-        keep: Checkpoints kept besides the best by validation loss.
+        keep: Checkpoints kept besides the best.
+        best: The validation metric whose best weights are exported, e.g. valid/loss or valid/cls_accuracy; one whose
+            name ends in `accuracy` should be high, any other low.
+        patience: Validations in a row without a better `best` after which the run ends; 0 never ends it early.
     """
 
     every_steps: int = 1000
     keep: int = 2
+    best: str = "valid/loss"
+    patience: int = 0
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether the best metric is the lowest or the highest."""
+        return "max" if self.best.endswith("accuracy") else "min"
 
 
 @dataclass
@@ -397,6 +417,7 @@ def check(recipe: Recipe) -> None:
         ),
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
         (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
+        (recipe.checkpoint.patience >= 0, f"checkpoint.patience: {recipe.checkpoint.patience} must be at least 0"),
         (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
         (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),
         (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),
@@ -426,11 +447,33 @@ def check(recipe: Recipe) -> None:
             wrong.append("data.values: scBERT embeds bins; choose log2 or binned instead of raw")
         if data.mask_value != data.n_bins:
             wrong.append(f"data.mask_value: {data.mask_value:g}; scBERT's hidden genes hold data.n_bins, {data.n_bins}")
+        if recipe.trainer.compile and model.mixer == "favor" and model.performer.kernel in ("gelu", "none"):
+            wrong.append(f"trainer.compile: the kernel {model.performer.kernel} of model.performer does not compile")
         if data.cls_value not in range(data.n_bins):
             wrong.append(f"data.cls_value: {data.cls_value:g}; scBERT embeds bins, 0 to {data.n_bins - 1}")
     if data.values == "raw" and model.value_encoder == "category":
         wrong.append("model.value_encoder: category embeds bins, but data.values is raw; use continuous or scaling")
     if model.value_encoder == "scaling" and model.attention == "full" and hides:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
+    if recipe.optimizer.schedule == "cosine_restarts":
+        wrong += wrong_cycles(recipe.optimizer)
     if wrong:
         raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
+
+
+def wrong_cycles(optimizer: OptimizerConfig) -> list[str]:
+    """Return what keeps the cycles of cosine_restarts from working, by key."""
+    warmup, length = optimizer.warmup, optimizer.cycle_epochs
+    rules = [
+        (
+            warmup >= 0 and warmup == int(warmup) and warmup < length,
+            f"optimizer.warmup: {warmup:g} must be whole epochs, fewer than the {length} of optimizer.cycle_epochs",
+        ),
+        (optimizer.cycle_growth >= 1, f"optimizer.cycle_growth: {optimizer.cycle_growth:g} must be at least 1"),
+        (0 < optimizer.cycle_decay <= 1, f"optimizer.cycle_decay: {optimizer.cycle_decay:g} must lie in (0, 1]"),
+        (
+            0 <= optimizer.min_lr <= optimizer.lr,
+            f"optimizer.min_lr: {optimizer.min_lr:g} must lie in [0, optimizer.lr]",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]

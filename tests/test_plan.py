@@ -141,11 +141,20 @@ def test_steps_and_validations(trainer: dict[str, Any], expected: tuple[int, flo
     assert (steps, validations) == (expected[0], pytest.approx(expected[1]))
 
 
-def test_every_bundled_recipe_can_be_planned() -> None:
+def test_every_bundled_recipe_can_be_planned_but_those_of_scbert() -> None:
+    refused = []
     for path in WHOLE_HUMAN.parents[1].rglob("*.yaml"):
-        plan = plan_of(read_recipe(path), "l40s", cells=100_000)
+        recipe = read_recipe(path)
+        if path.stem.startswith("scbert"):
+            refused.append(path.stem)
+            # a recipe of fine-tuning says which model it is for by the one that it starts from
+            with pytest.raises(ScfmError, match=r"(?i)model\.name: scbert is not planned yet|is a setting of scbert"):
+                plan_of(recipe, "l40s", cells=100_000)
+            continue
+        plan = plan_of(recipe, "l40s", cells=100_000)
         assert plan.seconds is not None
         assert plan.largest_pack > 0
+    assert {"scbert-small", "scbert-panglao"} <= set(refused)
 
 
 @pytest.mark.parametrize(
