@@ -103,7 +103,7 @@ class ModelConfig:
     Args:
         name: Registered model name.
         width: Width of a token, D.
-        heads: Attention heads, H; must divide the width.
+        heads: Attention heads, H; must divide the width, but for scBERT, whose heads have a width of their own.
         layers: Transformer blocks.
         hidden: Width of the feed-forward layer (scGPT: the same as the width).
         dropout: Dropout of the value encoder and of both residual branches of a block.
@@ -339,7 +339,10 @@ def check(recipe: Recipe) -> None:
     """Refuse values that cannot work, naming the key. Raises ScfmError."""
     data, model = recipe.data, recipe.model
     rules = [
-        (model.width % model.heads == 0, f"model.heads: {model.heads} does not divide model.width {model.width}"),
+        (
+            model.width % model.heads == 0 or model.name == "scbert",
+            f"model.heads: {model.heads} does not divide model.width {model.width}",
+        ),
         (0 <= model.attention_dropout < 1, f"model.attention_dropout: {model.attention_dropout} must lie in [0, 1)"),
         (data.n_bins >= 3, f"data.n_bins: {data.n_bins} is too few; at least 3 (zero, and two bins of values)"),
         (bool(data.mask_ratios), "data.mask_ratios: is empty; [0] hides nothing"),

@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
-from scfm.model.scgpt import Backbone, ModelOutput
+from scfm.model.output import ModelOutput
+from scfm.model.scgpt import Backbone
 from scfm.objectives import Objective
 from scfm.recipe import OptimizerConfig
 from scfm.training.norms import GlobalNorm

@@ -12,7 +12,7 @@ from packs import N_BINS, random_pack
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
-from scfm.model.scgpt import ModelOutput
+from scfm.model.output import ModelOutput
 from scfm.objectives import CCE, CLS, DAR, ECS, GEP, GEPC, OBJECTIVES, CellPrompt, build_objectives
 from scfm.recipe import ObjectiveConfig
 
