@@ -47,8 +47,8 @@ class GeneAttention:
         self.mixers = [module for module in network.modules() if isinstance(module, Mixer)]
         if not self.mixers:
             raise ScfmError(
-                f"{source}: tells no gene attention; only the mixers of scBERT's blocks tell it without a matrix of all "
-                "pairs of genes"
+                f"{source}: tells no gene attention; only the mixers of scBERT's blocks tell it without a matrix of "
+                "all pairs of genes"
             )
         self.of_pack: list[Tensor] = []
         self.parts: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]] = []
@@ -110,9 +110,10 @@ def top_genes(adata: AnnData, label: str, n: int = TOP_GENES) -> pd.DataFrame:
     import pandas as pd
 
     types = adata.obs[label].astype(str).to_numpy(dtype=str)
-    names, code = np.unique(types, return_inverse=True)
+    listed, code = np.unique(types, return_inverse=True)
+    names = listed.tolist()
     if len(names) < 2:
-        raise ScfmError(f"all cells are {label} {names[0]!r}: there is no other type to compare gene attention with")
+        raise ScfmError(f"all cells are of {label} {names[0]!r}: there is no other type to compare gene attention with")
     means = np.stack([mean_scores(adata, code == k) for k in range(len(names))])  # (C, G)
     cells = np.bincount(code)
     rows = []
