@@ -6,6 +6,7 @@ Classes are named by registered names (`model.name: scgpt`), never by import pat
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,15 @@ class DataConfig:
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
         fill_packs: Fill all packs of a global batch to one length with pseudo-cells: even memory, few shapes (GPUs).
-        values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT), or
-            `raw` to hand the model the values as they are (scGPT's perturbation models).
+        values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT; a
+            cell's total is that over the vocabulary's genes, and normalised shards must hold these logarithms already),
+            or `raw` to hand the model the values as they are (scGPT's perturbation models).
         n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values, or for
             log2 its integers, the last of them and all above.
         tie_policy: Where equal values fall: `left` (all into their highest bin), or `random` (spread, keyed by cell).
         mask_ratios: A cell's share of unknown genes is drawn from these, e.g. [0.25, 0.5, 0.75]; [0] hides nothing.
-        mask_candidates: Genes that may be hidden: `all`, or `expressed`, those whose bin is not 0 (scBERT).
+        mask_candidates: Genes that may be hidden: `all`, of which the share is rounded down (scGPT), or `expressed`,
+            those whose bin is not 0, of which the share is rounded up (scBERT).
         mask_kept: Share of the unknown genes whose value the model sees although it has to predict it (scBERT: 0.1).
         cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
         mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
@@ -347,6 +350,12 @@ def check(recipe: Recipe) -> None:
         (data.n_bins >= 3, f"data.n_bins: {data.n_bins} is too few; at least 3 (zero, and two bins of values)"),
         (bool(data.mask_ratios), "data.mask_ratios: is empty; [0] hides nothing"),
         (all(0 <= r < 1 for r in data.mask_ratios), f"data.mask_ratios: {data.mask_ratios} must lie in [0, 1)"),
+        (0 <= data.mask_kept < 1, f"data.mask_kept: {data.mask_kept} must lie in [0, 1)"),
+        (
+            data.mask_kept == 0 or model.attention == "full",
+            f"data.mask_kept: {data.mask_kept} shows values of unknown genes, which generative attention never reads; "
+            "set model.attention to full",
+        ),
         (data.max_genes >= 1, f"data.max_genes: {data.max_genes} must be at least 1"),
         (
             data.tokens_per_pack > data.max_genes,
@@ -361,8 +370,9 @@ def check(recipe: Recipe) -> None:
     wrong = [message for holds, message in rules if not holds]
     names = [objective.name for objective in recipe.objectives]
     wrong += [f"objectives: {name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
-    hides = any(int(ratio * data.max_genes) > 0 for ratio in data.mask_ratios)
-    for name in ("gep", "gepc", "cell_prompt"):
+    most = [ratio * data.max_genes for ratio in data.mask_ratios]
+    hides = any(math.ceil(n) if data.mask_candidates == "expressed" else int(n) for n in most)
+    for name in ("gep", "gepc", "cell_prompt", "masked_bin"):
         if name in names and not hides:
             wrong.append(
                 f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none"

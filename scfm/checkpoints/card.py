@@ -75,8 +75,12 @@ def model_card(
 
 def values_of(files: ModelFiles) -> str:
     """Return in words what a gene's value is and how the model reads it."""
-    binned = f"{files.tokens.n_bins} quantile bins per cell" if files.tokens.values == "binned" else "as they are"
-    return f"{files.value_kind}, {binned}, {files.model.value_encoder} encoder"
+    said = {
+        "binned": f"{files.tokens.n_bins} quantile bins per cell",
+        "log2": f"log2(1 + expression per 10,000) rounded down, at most {files.tokens.n_bins - 1}",
+        "raw": "as they are",
+    }
+    return f"{files.value_kind}, {said[files.tokens.values]}, {files.model.value_encoder} encoder"
 
 
 def converted_card(files: ModelFiles, report: Report) -> str:

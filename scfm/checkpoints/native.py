@@ -76,7 +76,7 @@ class ModelFiles:
             self.model,
             n_tokens=len(self.vocabulary),
             pad=self.vocabulary.pad,
-            n_bins=1 if self.tokens.values == "raw" else self.tokens.n_bins,  # raw values have none
+            n_bins=self.tokens.bins or 1,
             cell_conditions={name: len(names) for name, names in self.cell_conditions.items()},
             gene_conditions={name: len(names) for name, names in self.gene_conditions.items()},
             heads=self.heads,

@@ -200,6 +200,8 @@ def token_config(recipe: Recipe) -> TokenConfig:
         n_bins=data.n_bins,
         tie_policy=data.tie_policy,
         mask_ratios=tuple(data.mask_ratios),
+        mask_candidates=data.mask_candidates,
+        mask_kept=data.mask_kept,
         cls_value=data.cls_value,
         mask_value=data.mask_value,
         seed=recipe.seed,

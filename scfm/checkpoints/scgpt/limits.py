@@ -47,6 +47,8 @@ def wrong_model(files: ModelFiles, kind: str) -> list[str]:
     conditions = dict.fromkeys([*model.cell_conditions, *([model.domain] if model.domain else [])])
     others = [name for name in files.gene_conditions if name not in (model.modality, PERTURBATION)]
     wrong = []
+    if files.tokens.values == "log2":
+        wrong.append("data.values log2: scGPT bins values by their quantiles")
     if model.activation != "relu":
         wrong.append(f"model.activation {model.activation}: scGPT has relu")
     if len(conditions) > 1:
