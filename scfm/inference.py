@@ -77,19 +77,14 @@ def predict(
     options["precision"] = precision
     options["genes"] = GeneTable.read(genes) if genes else None
     options |= {"unassigned_below": unassigned_below, "gene_attention": gene_attention}
-
-    def work(loaded: PretrainedModel, adata: AnnData) -> AnnData:
-        predicted = loaded.predict(adata, **options)
-        if plots is not None:
-            for task in (task for task in predicted.uns["scfm"]["labels"] if task in predicted.obs):
-                print(f"top genes: {write_top_genes(predicted, task, Path(plots))}")
-        return predicted
-
-    over_file(file, model, out, work)
+    predicted = over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
+    if plots is not None:
+        for task in (task for task in predicted.uns["scfm"]["labels"] if task in predicted.obs):
+            print(f"top genes: {write_top_genes(predicted, task, Path(plots))}")
 
 
-def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> None:
-    """Read, work, and write under a temporary name before renaming."""
+def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> AnnData:
+    """Read, work, write under a temporary name before renaming, and return what was written."""
     from scfm.pretrained import load
 
     target = Path(out)
@@ -102,6 +97,7 @@ def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, 
     result.write_h5ad(partial)
     partial.rename(target)
     print(f"{result.n_obs:,} cells: {target}")
+    return result
 
 
 def read_anndata(path: Path) -> AnnData:
