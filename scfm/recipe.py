@@ -338,6 +338,40 @@ class Recipe:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
+# What keys default to where `model.name` is not scgpt: as the model was published
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "scbert": {
+        "data": {
+            "genes": "all",
+            "max_genes": 16906,
+            "values": "log2",
+            "n_bins": 6,
+            "mask_ratios": [0.15],
+            "mask_candidates": "expressed",
+            "mask_kept": 0.1,
+            "cls_value": 0.0,
+            "mask_value": 6.0,
+        },
+        "model": {
+            "name": "scbert",
+            "width": 200,
+            "heads": 10,
+            "layers": 6,
+            "hidden": 800,
+            "dropout": 0.0,
+            "attention": "full",
+            "cell_embedding": "mean",
+        },
+    }
+}
+
+
+def defaults_of(model_name: str) -> Recipe:
+    """Return a recipe in which every key has its default for a model."""
+    published = PUBLISHED.get(model_name, {})
+    return Recipe(data=DataConfig(**published.get("data", {})), model=ModelConfig(**published.get("model", {})))
+
+
 def check(recipe: Recipe) -> None:
     """Refuse values that cannot work, naming the key. Raises ScfmError."""
     data, model = recipe.data, recipe.model
@@ -385,6 +419,15 @@ def check(recipe: Recipe) -> None:
     for objective in recipe.objectives:
         if data.values == "raw" and objective.loss == "cross_entropy":
             wrong.append(f"objectives: {objective.name} has loss cross_entropy over bins, but data.values is raw")
+    if "masked_bin" in names and data.mask_candidates != "expressed":
+        wrong.append("objectives: masked_bin predicts bins of expressed genes; set data.mask_candidates: expressed")
+    if model.name == "scbert":
+        if data.values == "raw":
+            wrong.append("data.values: scBERT embeds bins; choose log2 or binned instead of raw")
+        if data.mask_value != data.n_bins:
+            wrong.append(f"data.mask_value: {data.mask_value:g}; scBERT's hidden genes hold data.n_bins, {data.n_bins}")
+        if data.cls_value not in range(data.n_bins):
+            wrong.append(f"data.cls_value: {data.cls_value:g}; scBERT embeds bins, 0 to {data.n_bins - 1}")
     if data.values == "raw" and model.value_encoder == "category":
         wrong.append("model.value_encoder: category embeds bins, but data.values is raw; use continuous or scaling")
     if model.value_encoder == "scaling" and model.attention == "full" and hides:

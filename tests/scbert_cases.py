@@ -20,7 +20,6 @@ N_BINS, MASK = 6, 6
 ATOL, RTOL = 2e-5, 1e-4  # of the README of the cases, for other machines
 GRADIENT_RTOL = 2e-3
 BINS = HeadSpec("masked_bin", "bins", N_BINS + 1)
-BRANCHES = {("layers", "0"): "attention", ("layers", "1"): "forward", ("f", ""): "attention", ("g", ""): "forward"}
 LAST = {
     "fn.fast_attention.projection_matrix": "mixer.projection",
     "fn.to_out.weight": "out_proj.weight",

@@ -78,6 +78,8 @@ def test_what_is_not_in_the_schema_is_named(overrides: dict[str, object], messag
         ({"data": {"tokens_per_pack": 100}}, r"data\.tokens_per_pack: 100 cannot hold one cell"),
         ({"data": {"mask_ratios": [0]}}, "gep predicts unknown genes, but data.mask_ratios"),
         ({"data": {"mask_ratios": [1.5]}}, r"data\.mask_ratios: \[1.5\] must lie in"),
+        ({"data": {"mask_kept": 1.0}}, r"data\.mask_kept: 1\.0 must lie in"),
+        ({"data": {"mask_kept": 0.1}}, r"data\.mask_kept: 0\.1 shows values .* set model\.attention to full"),
         ({"objectives": []}, "objectives: is empty"),
         ({"objectives": [{"name": "gep"}, {"name": "gep"}]}, "gep stands there twice"),
         ({"optimizer": {"lr": 0.0}}, r"optimizer\.lr: 0\.0 must be positive"),

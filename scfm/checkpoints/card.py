@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from scfm.baselines.majority_bin import majority_bins_of
 from scfm.checkpoints.native import ModelFiles
 from scfm.checkpoints.scgpt.report import Report
-from scfm.recipe import Recipe
+from scfm.recipe import ModelConfig, Recipe
 from scfm.version import __version__
 
 
@@ -49,9 +50,10 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
-        f"| attention | {model.attention} |",
+        f"| {mixing_of(model)} |",
         f"| values | {values_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary, at most {tokens.max_genes:,} per cell |",
+        *([f"| gene vectors | frozen, from {model.gene_table} |"] if model.gene_table else []),
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
         "",
@@ -75,12 +77,23 @@ def model_card(
 
 def values_of(files: ModelFiles) -> str:
     """Return in words what a gene's value is and how the model reads it."""
-    said = {
-        "binned": f"{files.tokens.n_bins} quantile bins per cell",
-        "log2": f"log2(1 + expression per 10,000) rounded down, at most {files.tokens.n_bins - 1}",
+    n_bins, model = files.tokens.n_bins, files.model
+    read_as = {
+        "binned": f"{n_bins} quantile bins per cell",
+        "log2": f"log2(1 + expression per 10,000) rounded down, at most {n_bins - 1}",
         "raw": "as they are",
     }
-    return f"{files.value_kind}, {said[files.tokens.values]}, {files.model.value_encoder} encoder"
+    encoder = "embedding of bins" if model.name == "scbert" else f"{model.value_encoder} encoder"
+    return f"{files.value_kind}, {read_as[files.tokens.values]}, {encoder}"
+
+
+def mixing_of(model: ModelConfig) -> str:
+    """Return how the genes of a cell read each other, as two columns of a table."""
+    form = model.performer
+    if model.name != "scbert":
+        return f"attention | {model.attention}"
+    features = f", {form.mode}, kernel {form.kernel}" if model.mixer == "favor" else ""
+    return f"mixer | {model.mixer}{features}, heads of width {form.head_width}"
 
 
 def converted_card(files: ModelFiles, report: Report) -> str:
@@ -158,7 +171,17 @@ def validation_section(metrics: Sequence[tuple[int, str, float]], baselines: dic
     }
     lines += [f"| {name} | {value:.4g} |" for name, value in at_best.items()]
     lines += [f"| baseline: predict the {name}, MSE | {value:.4g} |" for name, value in baselines.items()]
+    guesses = majority_bins_of(metrics)
+    lines += [f"| baseline: guess the {name}, accuracy | {value:.4g} |" for name, value in guesses.items()]
     lines.append("")
+    if guesses and "masked_bin_accuracy" in at_best:
+        accuracy, best = at_best["masked_bin_accuracy"], max(guesses, key=lambda name: guesses[name])
+        verdict = "above" if accuracy > guesses[best] else "NOT above"
+        lines += [
+            f"The accuracy of masked bins, {accuracy:.4g}, is {verdict} that of guessing the {best}, "
+            f"{guesses[best]:.4g}.",
+            "",
+        ]
     if baselines:
         error = at_best.get("gep_mse", at_best.get("gep"))
         best = min(baselines, key=lambda name: baselines[name])

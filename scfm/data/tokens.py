@@ -106,7 +106,7 @@ class Tokeniser:
         self._every_gene = np.arange(vocabulary.n_genes if config.genes == "all" else 0)
         self.longest = min(config.max_genes, vocabulary.n_genes) + 1
         self.levels: NDArray[np.float32] | None = None
-        if (config.bins or np.inf) <= FEW_BINS:
+        if config.bins is not None and config.bins <= FEW_BINS:
             seen = [*range(config.n_bins), config.cls_value, config.mask_value]
             self.levels = np.unique(np.asarray(seen, np.float32))
 
