@@ -23,7 +23,7 @@ from scfm.gene_attention import LAYER, GeneAttention, top_genes, write_top_genes
 from scfm.model.performer import Segments
 from scfm.training.run import pretrain
 
-LABELLED = {"task": {"label": "cell_type"}, "trainer": {"max_epochs": 2, "accelerator": "cpu"}}
+QUICK = {"trainer": {"max_epochs": 8, "accelerator": "cpu"}, "optimizer": {"lr": 5e-3}}
 
 
 def scored(network: torch.nn.Module, *batches: object) -> list[np.ndarray]:
@@ -81,7 +81,7 @@ def test_scores_are_those_of_explicit_matrices(mixer: str, tmp_path: Path) -> No
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("attention")
     start = scfm.load(pretrain(tiny_recipe(write_shards(place / "shards"), place / "run", **SCBERT)))
-    tuned = start.finetune(made_up_cells(90, seed=7), **LABELLED)
+    tuned = start.finetune(made_up_cells(90, seed=7), **QUICK)
     tuned.save_pretrained(place / "tuned")
     return place
 
@@ -172,6 +172,6 @@ def test_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_scgpt_tells_none_and_says_so(tmp_path: Path) -> None:
     model = scfm.load(pretrain(tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run")))
-    tuned = model.finetune(made_up_cells(60, seed=7), **LABELLED)
+    tuned = model.finetune(made_up_cells(60, seed=7), **QUICK)
     with pytest.raises(ScfmError, match="tells no gene attention; only the mixers of scBERT's blocks"):
         tuned.predict(made_up_cells(5), gene_attention=True)

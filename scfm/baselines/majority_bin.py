@@ -17,23 +17,26 @@ PREFIX = "baseline_accuracy/"
 
 
 def majority_bin_accuracies(data: CellDataModule, n_bins: int) -> dict[str, float]:
-    """Return how often two guesses of the hidden bins of the validation cells are right, hidden genes alike.
+    """Return how often three guesses of the hidden bins of the validation cells are right, hidden genes alike.
 
     `most frequent bin` is that of hidden genes in at most 100 global batches of training cells; `most frequent bin of
-    the cell` is that of the genes that the cell shows, bin 0 aside (the lowest of several; the former where none is).
+    the gene` that of each gene among them (the former where it was never hidden); `most frequent bin of the cell` that
+    of the genes that the cell shows, bin 0 aside (the lowest of several; the first where none is).
 
     Args:
         data: serves the same masked cells that the model is trained and validated on; all hidden genes are expressed.
         n_bins: value bins.
     """
-    counts = np.zeros(n_bins)
+    counts = np.zeros((data.store.vocabulary.n_genes, n_bins), np.int64)
     training = data.pack_loader(data.train_rows, shuffle=True, rank=0, world_size=1)
     for packs in islice(training.batches(epoch=0), TRAINING_BATCHES):
         for pack in packs:
             assert pack.targets is not None
-            counts += np.bincount(pack.targets[pack.predicted].long().numpy(), minlength=n_bins)
-    everywhere = int(counts[1:].argmax()) + 1
-    right, n = np.zeros(2), 0
+            where = pack.predicted
+            np.add.at(counts, (pack.genes[where].numpy(), pack.targets[where].long().numpy()), 1)
+    everywhere = int(counts.sum(0)[1:].argmax()) + 1
+    of_gene = np.where(counts.any(1), counts.argmax(1), everywhere)
+    right, n = np.zeros(3), 0
     validation = data.pack_loader(data.valid_rows, shuffle=False, rank=0, world_size=1)
     for packs in validation.batches(epoch=0):
         for pack in packs:
@@ -44,9 +47,10 @@ def majority_bin_accuracies(data: CellDataModule, n_bins: int) -> dict[str, floa
             np.add.at(of_cell, (cell[shown], bins[shown]), 1)
             own = np.where(of_cell.any(1), of_cell.argmax(1), everywhere)
             hidden = pack.predicted.numpy()
-            right += [(bins[hidden] == everywhere).sum(), (bins[hidden] == own[cell[hidden]]).sum()]
+            guesses = (everywhere, of_gene[pack.genes.numpy()[hidden]], own[cell[hidden]])
+            right += [(guess == bins[hidden]).sum() for guess in guesses]
             n += len(hidden)
-    names = ("most frequent bin", "most frequent bin of the cell")
+    names = ("most frequent bin", "most frequent bin of the gene", "most frequent bin of the cell")
     return {PREFIX + name: float(share) for name, share in zip(names, right / max(n, 1), strict=True)}
 
 
