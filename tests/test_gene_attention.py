@@ -23,7 +23,11 @@ from scfm.gene_attention import LAYER, GeneAttention, top_genes, write_top_genes
 from scfm.model.performer import Segments
 from scfm.training.run import pretrain
 
-QUICK = {"trainer": {"max_epochs": 8, "accelerator": "cpu"}, "optimizer": {"lr": 5e-3}}
+QUICK = {
+    "data": {"cells_per_batch": 8},
+    "trainer": {"max_epochs": 8, "accelerator": "cpu"},
+    "optimizer": {"lr": 5e-3},
+}
 
 
 def scored(network: torch.nn.Module, *batches: object) -> list[np.ndarray]:
