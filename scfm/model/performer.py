@@ -17,23 +17,20 @@ in float32 whatever it is handed; `compat` computes as scBERT's release does, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.attention import AttentionLayout, pick_backend, prepare
-from scfm.model.attention_cpu import Run, exact, runs_of
+from scfm.model.attention_cpu import Run, exact
+from scfm.model.feature_attention import cell_runs, feature_attention, feature_scores
 from scfm.recipe import ModelConfig, PerformerConfig
 
-EPS = {"correct": 1e-6, "compat": 1e-4}
-KERNEL_EPS = 1e-3  # of the generalized kernels, in both modes
-QUERIES_AT_ONCE = 256  # rows of an attention matrix that exist together
+LOGITS_AT_ONCE = 2**22  # of an attention matrix whose columns are summed
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,8 @@ class Segments:
         return cls(batch.cu_seqlens, batch.longest)
 
     def runs(self, n_tokens: int) -> list[Run]:
-        """Return neighbouring cells of one length, to be computed together; equal cells need no look at the device."""
-        n_cells = len(self.cu_seqlens) - 1
-        if self.longest * n_cells == n_tokens:
-            return [Run(0, n_cells, self.longest, self.longest)]
-        return runs_of(self.cu_seqlens, self.cu_seqlens.diff())
+        """Return neighbouring cells of one length."""
+        return cell_runs(self.cu_seqlens, self.longest, n_tokens)
 
 
 class Mixer(nn.Module):
@@ -69,149 +63,132 @@ class Mixer(nn.Module):
         Args:
             qkv: (T, 3, H, d).
             segments: where the cells lie.
-            key_mask: (T,) bool, False for a token that nobody reads (padding).
+            key_mask: (T,) bool, False for a token that nobody reads (padding); every cell has one that is read.
         """
         raise NotImplementedError
 
     def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
-        """Return (T,) the attention each gene receives: mean over the queries of its cell and over heads; sums to 1."""
+        """Return (T,) the attention that each gene receives, mean over the queries of its cell and over heads.
+
+        These are the column means of the attention matrix, which is not built; they sum to 1 in each cell.
+        """
         raise NotImplementedError
 
 
 class FeatureMixer(Mixer):
-    """Attention through features, for any feature map."""
-
-    def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None, runs: list[Run]) -> tuple[Tensor, Tensor]:
-        """Return the features (T, H, m) of queries and keys (T, H, d)."""
-        raise NotImplementedError
-
-    def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
-        with torch.autocast(qkv.device.type, enabled=False):
-            q, k, v = qkv.to(exact(qkv.dtype)).unbind(1)
-            runs = segments.runs(len(qkv))
-            phi_q, phi_k = self.features(q, k, key_mask, runs)
-            if key_mask is not None:
-                v = v * key_mask[:, None, None]
-            outs = []
-            for run in runs:
-                fq, fk, values = (run.heads_first(x) for x in (phi_q, phi_k, v))
-                out = fq @ (fk.mT @ values) / (fq @ fk.sum(-2).unsqueeze(-1))
-                outs.append(out.transpose(1, 2).flatten(0, 1))
-            return torch.cat(outs).to(qkv.dtype)
-
-    def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
-        with torch.autocast(qkv.device.type, enabled=False):
-            q, k, _ = qkv.to(exact(qkv.dtype)).unbind(1)
-            runs = segments.runs(len(qkv))
-            phi_q, phi_k = self.features(q, k, None, runs)
-            scores = []
-            for run in runs:
-                fq, fk = run.heads_first(phi_q), run.heads_first(phi_k)  # (cells, H, n, m)
-                normaliser = fq @ fk.sum(-2).unsqueeze(-1)
-                asked = (fq / normaliser).mean(-2).unsqueeze(-1)  # (cells, H, m, 1), the mean query
-                scores.append((fk @ asked).squeeze(-1).mean(1).flatten())
-            return torch.cat(scores)
-
-
-class Favor(FeatureMixer):
-    """FAVOR+ (Choromanski et al. 2021), and the generalized and projection-free forms of scBERT's release.
-
-    `correct`: the stabiliser of keys is the maximum of the whole exponent per cell and head, without a gradient; eps
-    is 1e-6; masked keys count neither in S nor in z.
-    `compat`: the stabiliser of queries is the maximum of w_f y over features, that of keys ONE maximum of w_f y over
-    all cells, heads, positions and features, both with their gradient; eps is 1e-4, so that batch mates change the
-    result; a mask zeroes values only, and masked keys stay in z.
+    """Attention through features.
 
     Attributes:
-        projection: (m, d) buffer, the random directions; all heads share them.
+        kernel: what becomes of a projected vector; see `scfm.model.features`.
+        compat: as scBERT's release; see `Favor`.
+        projection: (m, d) buffer, random directions; (0, d) where nothing is projected.
     """
 
     projection: Tensor
+    kernel: str
+    compat = False
+
+    def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
+        cells = segments.cu_seqlens, segments.longest
+        return feature_attention(qkv, self.projection, *cells, self.kernel, self.compat, key_mask)
+
+    def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
+        cells = segments.cu_seqlens, segments.longest
+        return feature_scores(qkv, self.projection, *cells, self.kernel, self.compat)
+
+
+class Favor(FeatureMixer):
+    """FAVOR+ (Choromanski et al. 2021), and the generalized and projection-free attention of scBERT's release.
+
+    `correct`: the stabiliser of keys is the largest exponent of their cell and head, without a gradient; eps is 1e-8;
+    masked keys count neither in S nor in z.
+    `compat`: the stabiliser of queries is their largest w_f y, that of keys ONE largest w_f y over all cells, heads,
+    positions and features of the pack, both with their gradient; eps is 1e-4, so that batch mates change the result; a
+    mask zeroes values only, and masked keys stay in z.
+    """
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
         d = config.head_width
         m = int(d * math.log(d)) if config.features is None else config.features
         if min(m, d) < 1:
-            raise ScfmError(
-                f"model.performer: {m} features of heads of width {d}; both must be at least 1 (a width of 1 or 2 "
-                "needs `features`)"
-            )
+            raise ScfmError(f"model.performer: {m} features of heads of width {d}: both must be at least 1")
         self.config = config
+        self.kernel = config.kernel
         self.compat = config.mode == "compat"
         self.register_buffer("projection", torch.empty(m, d))
         self.redraw()
 
     def extra_repr(self) -> str:
         m, d = self.projection.shape
-        return f"{self.config.mode}, kernel={self.config.kernel}, features={m}, head_width={d}"
+        return f"{self.config.mode}, kernel={self.kernel}, features={m}, head_width={d}"
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Draw new random directions, orthogonal within each d of them, from a CPU generator (default: torch's own)."""
+        """Draw new random directions from a generator of the CPU, torch's own where none is given."""
         m, d = self.projection.shape
         self.projection.copy_(orthogonal_directions(m, d, self.config.scaling == "norms", generator))
 
-    def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None, runs: list[Run]) -> tuple[Tensor, Tensor]:
-        kept = None if key_mask is None or self.compat else key_mask[:, None, None]
-        kernel = self.config.kernel
-        if kernel == "none":
-            logits = k if kept is None else k.masked_fill(~kept, -torch.inf)
-            return q.softmax(-1), torch.cat([run_softmax(logits, run) for run in runs])
-        weight = self.projection.to(q.dtype) * q.shape[-1] ** -0.25
-        p_q, p_k = q @ weight.t(), k @ weight.t()
-        if kernel != "exp":
-            act = F.relu if kernel == "relu" else F.gelu
-            phi_q, phi_k = act(p_q) + KERNEL_EPS, act(p_k) + KERNEL_EPS
-            return phi_q, phi_k if kept is None else phi_k * kept
-        half = 0.5 * q.shape[-1] ** -0.5
-        n_q, n_k = (x.square().sum(-1, keepdim=True) * half for x in (q, k))
-        eps = EPS[self.config.mode]
-        if self.compat:
-            phi_q = (p_q - n_q - p_q.amax(-1, keepdim=True)).exp() + eps
-            return phi_q, (p_k - n_k - p_k.amax()).exp() + eps
-        p_q, p_k = p_q - n_q, p_k - n_k
-        phi_q = (p_q - p_q.detach().amax(-1, keepdim=True)).exp() + eps
-        if kept is not None:
-            p_k = p_k.masked_fill(~kept, -torch.inf)
-        phi_k = torch.cat([(p_k[at] - c).exp() for at, c in maxima(p_k.detach(), runs)]) + eps
-        return phi_q, phi_k if kept is None else phi_k * kept
+    def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
+        if self.kernel == "none":
+            return without_projection(qkv, segments, key_mask, self.compat)
+        return super().forward(qkv, segments, key_mask)
 
-
-def run_softmax(k: Tensor, run: Run) -> Tensor:
-    return run.heads_first(k).softmax(-2).transpose(1, 2).flatten(0, 1)
-
-
-def maxima(p: Tensor, runs: list[Run]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of each cell and the maximum of p (T, H, m) over them, per head (1, H, 1)."""
-    for run in runs:
-        for cell in range(run.cells):
-            at = slice(run.start + cell * run.length, run.start + (cell + 1) * run.length)
-            yield at, p[at].amax((0, 2), keepdim=True).clamp_min(torch.finfo(p.dtype).min)
+    def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
+        if self.kernel == "none":
+            return scores_without_projection(qkv, segments)
+        return super().gene_scores(qkv, segments)
 
 
 def orthogonal_directions(m: int, d: int, norms: bool, generator: torch.Generator | None) -> Tensor:
     """Draw (m, d) directions, orthogonal within each d of them; lengths sqrt(d), or those of Gaussian vectors.
 
-    Q of a QR decomposition is uniform only once the diagonal of R is made positive (Mezzadri 2007): without that the
-    first direction of every block always points away from the first axis, and the features are biased.
+    Q of a QR decomposition is uniform only once the diagonal of R is made positive (Mezzadri 2007). Without that the
+    first direction of every block points away from the first axis, and the features are biased.
     """
     draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     blocks = []
     for _ in range(-(-m // d)):
         q, r = torch.linalg.qr(torch.randn(d, d, **draw))
         blocks.append((q * r.diagonal().sign()).t())
-    directions = torch.cat(blocks)[:m]
     lengths = torch.randn(m, d, **draw).norm(dim=1, keepdim=True) if norms else math.sqrt(d)
-    return directions * lengths
+    return torch.cat(blocks)[:m] * lengths
+
+
+def without_projection(qkv: Tensor, segments: Segments, key_mask: Tensor | None, compat: bool) -> Tensor:
+    """Attend through softmax(q) over the width of a head and softmax(k) over the genes (Shen et al. 2021)."""
+    outs = []
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = qkv.to(exact(qkv.dtype)).unbind(1)
+        if key_mask is not None:
+            v = v * key_mask[:, None, None]
+            k = k if compat else k.masked_fill(~key_mask[:, None, None], -torch.inf)
+        for run in segments.runs(len(qkv)):
+            queries, keys, values = (run.heads_first(x) for x in (q, k, v))  # (cells, H, n, d)
+            out = queries.softmax(-1) @ (keys.softmax(-2).mT @ values)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).to(qkv.dtype)
+
+
+@torch.no_grad()
+def scores_without_projection(qkv: Tensor, segments: Segments) -> Tensor:
+    scores = []
+    with torch.autocast(qkv.device.type, enabled=False):
+        for run in segments.runs(len(qkv)):
+            q, k, _ = (run.heads_first(x).to(exact(x.dtype)) for x in qkv.unbind(1))
+            asked = q.softmax(-1).mean(-2).unsqueeze(-1)  # (cells, H, d, 1)
+            scores.append((k.softmax(-2) @ asked).squeeze(-1).mean(1).flatten())
+    return torch.cat(scores)
 
 
 class LinearAttention(FeatureMixer):
     """Attention with the features elu(x) + 1 (Katharopoulos et al. 2020)."""
 
-    def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None, runs: list[Run]) -> tuple[Tensor, Tensor]:
-        phi_q, phi_k = F.elu(q) + 1, F.elu(k) + 1
-        return phi_q, phi_k if key_mask is None else phi_k * key_mask[:, None, None]
+    kernel = "elu"
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.empty(0, head_width), persistent=False)
 
 
 class Softmax(Mixer):
@@ -223,19 +200,20 @@ class Softmax(Mixer):
         backend, _ = pick_backend(qkv.device, qkv.dtype, qkv.shape[-1])
         if key_mask is None:
             return prepare(layout, backend)(qkv)
-        # backends read the first tokens of each cell: those that are kept are brought there and back
+        # backends read the first tokens of each cell: those that are kept are brought there, and back
         order = torch.argsort(2 * layout.cell + ~key_mask, stable=True)
-        n_keys = torch.zeros_like(layout.n_keys).index_add_(0, layout.cell, key_mask.to(layout.n_keys.dtype))
-        masked = AttentionLayout(cu_seqlens, n_keys, n_tokens, segments.longest, self_key=False)
-        return prepare(masked, backend)(qkv[order])[order.argsort()]
+        n_keys = torch.zeros_like(layout.n_keys).index_add_(0, layout.cell, key_mask.to(torch.int32))
+        kept_first = AttentionLayout(cu_seqlens, n_keys, n_tokens, segments.longest, self_key=False)
+        return prepare(kept_first, backend)(qkv[order])[order.argsort()]
 
+    @torch.no_grad()
     def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
         scores = []
         with torch.autocast(qkv.device.type, enabled=False):
             for run in segments.runs(len(qkv)):
-                q, k, _ = (run.heads_first(x) for x in qkv.to(exact(qkv.dtype)).unbind(1))
-                received = q.new_zeros(q.shape[:-1])  # (cells, H, n)
-                for rows in q.split(QUERIES_AT_ONCE, dim=2):
+                q, k, _ = (run.heads_first(x).to(exact(x.dtype)) for x in qkv.unbind(1))  # (cells, H, n, d)
+                received = q.new_zeros(q.shape[:-1])
+                for rows in q.split(max(LOGITS_AT_ONCE // received.numel(), 1), dim=2):
                     received += (rows @ k.mT * q.shape[-1] ** -0.5).softmax(-1).sum(-2)
                 scores.append(received.mean(1).flatten() / run.length)
         return torch.cat(scores)
@@ -245,4 +223,4 @@ def build_mixer(config: ModelConfig) -> Mixer:
     """Return the mixer that a recipe names."""
     if config.mixer == "favor":
         return Favor(config.performer)
-    return LinearAttention() if config.mixer == "linear" else Softmax()
+    return LinearAttention(config.performer.head_width) if config.mixer == "linear" else Softmax()
