@@ -127,6 +127,10 @@ def plan_of(
 ) -> Plan:
     """Plan a run; arguments as those of `plan`. Raises ScfmError for a recipe or an argument that cannot work."""
     check(recipe)
+    if recipe.model.name == "scbert":
+        raise ScfmError(
+            "model.name: scbert is not planned yet; `scfm bench train` times its steps on the machine at hand"
+        )
     for name, number in (("gpus", gpus), ("cells", cells), ("vocabulary", vocabulary)):
         if number is not None and number < 1:
             raise ScfmError(f"--{name}: {number} must be at least 1")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from scfm.errors import ScfmError
+from scfm.model.mixer_block import MixerBlock
 from scfm.model.transformer import Block
 from scfm.recipe import OptimizerConfig
 from scfm.training.muon import JoinedOptimizer, StackedMuon
@@ -41,14 +42,14 @@ def muon(network: nn.Module, config: OptimizerConfig, fused: bool) -> Optimizer:
 
     Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and decay serve both.
     """
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    blocks = [module for module in network.modules() if isinstance(module, Block | MixerBlock)]
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
     if not matrices:
         raise ScfmError("optimizer.name: muon trains the matrices of transformer blocks, of which none is trainable")
-    joint = {id(block.qkv.weight) for block in blocks}
+    stacked = {id(block.qkv.weight): 3 for block in blocks}
+    stacked |= {id(block.linear1.weight): 2 for block in blocks if isinstance(block, MixerBlock) and block.glu}
     groups = [
-        {"params": [p for p in matrices if id(p) in joint], "stacked": 3},
-        {"params": [p for p in matrices if id(p) not in joint], "stacked": 1},
+        {"params": [p for p in matrices if stacked.get(id(p), 1) == number], "stacked": number} for number in (3, 2, 1)
     ]
     turning = StackedMuon(
         [group for group in groups if group["params"]],
