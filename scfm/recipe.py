@@ -196,8 +196,14 @@ class OptimizerConfig:
         eps: AdamW's term added to the denominator.
         momentum: Muon's (Nesterov) momentum.
         weight_decay: Decoupled weight decay, on matrices only (no biases, norms or embeddings).
-        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps.
-        schedule: What follows the warm-up: `cosine` to zero, or `constant`.
+        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps. For cosine_restarts, whole
+            epochs at the start of each cycle.
+        schedule: What follows the warm-up: `cosine` to zero, `constant`, or `cosine_restarts`: cycles, each a warm-up
+            and a cosine from min_lr and back to it, the rate the same throughout an epoch (scBERT).
+        cycle_epochs: For cosine_restarts, epochs of the first cycle, its warm-up included.
+        cycle_growth: For cosine_restarts, how many times as long each cosine is as the one before.
+        cycle_decay: For cosine_restarts, the peak rate of each cycle as a share of the one before.
+        min_lr: For cosine_restarts, the rate that cycles start and end with.
         clip: Largest L2 norm of the gradient; 0 turns clipping off.
     """
 
@@ -208,7 +214,11 @@ class OptimizerConfig:
     momentum: float = 0.95
     weight_decay: float = 0.0
     warmup: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "cosine_restarts"] = "cosine"
+    cycle_epochs: int = 15
+    cycle_growth: float = 2.0
+    cycle_decay: float = 0.9
+    min_lr: float = 1e-6
     clip: float = 1.0
 
 
@@ -432,5 +442,25 @@ def check(recipe: Recipe) -> None:
         wrong.append("model.value_encoder: category embeds bins, but data.values is raw; use continuous or scaling")
     if model.value_encoder == "scaling" and model.attention == "full" and hides:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
+    if recipe.optimizer.schedule == "cosine_restarts":
+        wrong += wrong_cycles(recipe.optimizer)
     if wrong:
         raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
+
+
+def wrong_cycles(optimizer: OptimizerConfig) -> list[str]:
+    """Return what keeps the cycles of cosine_restarts from working, by key."""
+    warmup, length = optimizer.warmup, optimizer.cycle_epochs
+    rules = [
+        (
+            warmup >= 0 and warmup == int(warmup) and warmup < length,
+            f"optimizer.warmup: {warmup:g} must be whole epochs, fewer than the {length} of optimizer.cycle_epochs",
+        ),
+        (optimizer.cycle_growth >= 1, f"optimizer.cycle_growth: {optimizer.cycle_growth:g} must be at least 1"),
+        (0 < optimizer.cycle_decay <= 1, f"optimizer.cycle_decay: {optimizer.cycle_decay:g} must lie in (0, 1]"),
+        (
+            0 <= optimizer.min_lr <= optimizer.lr,
+            f"optimizer.min_lr: {optimizer.min_lr:g} must lie in [0, optimizer.lr]",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]

@@ -86,8 +86,18 @@ def adamw_options(config: OptimizerConfig, fused: bool) -> dict[str, Any]:
     return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
 
 
-def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """Return step -> factor of the peak rate: a linear warm-up from zero, then cosine to zero, or constant."""
+def learning_rate_factor(config: OptimizerConfig, total_steps: int, epoch_steps: float) -> Callable[[int], float]:
+    """Return step -> factor of the peak rate.
+
+    A linear warm-up from zero, then cosine to zero, or constant; or cycles of both, which change with the epoch only.
+
+    Args:
+        config: the recipe's optimizer section.
+        total_steps: optimizer steps of the run.
+        epoch_steps: optimizer steps of an epoch; infinite where the data never end.
+    """
+    if config.schedule == "cosine_restarts":
+        return lambda step: restarts(config, int(step // epoch_steps)) / config.lr
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
 
     def factor(step: int) -> float:
@@ -101,6 +111,24 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[
     return factor
 
 
-def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
-    """Return the schedule, stepped once per optimizer step."""
-    return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
+def restarts(config: OptimizerConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch under cosine_restarts: warm restarts, each after a warm-up.
+
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017; with the warm-up and the decay of scBERT's released code. Its
+    first epoch, the whole of it, runs at `min_lr`, as there.
+    """
+    warmup, length, peak = int(config.warmup), config.cycle_epochs, config.lr
+    while epoch >= length:
+        epoch -= length
+        length = int((length - warmup) * config.cycle_growth) + warmup
+        peak *= config.cycle_decay
+    peak = max(peak, config.min_lr)
+    if epoch < warmup:
+        return config.min_lr + (peak - config.min_lr) * epoch / warmup
+    progress = (epoch - warmup) / (length - warmup)
+    return config.min_lr + 0.5 * (peak - config.min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int, epoch_steps: float) -> LambdaLR:
+    """Return the schedule, stepped once per optimizer step; the arguments are those of `learning_rate_factor`."""
+    return LambdaLR(optimizer, learning_rate_factor(config, total_steps, epoch_steps))

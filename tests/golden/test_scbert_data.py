@@ -17,6 +17,8 @@ from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.data.vocabulary import Gene, Vocabulary
+from scfm.recipe import OptimizerConfig
+from scfm.training.optimizers import learning_rate_factor
 
 pytestmark = pytest.mark.golden
 
@@ -79,6 +81,16 @@ def test_counts_become_the_ids_of_the_original(shared: Path) -> None:
     # the cells of the case have about a hundred counts, so that all their genes are in the highest bin
     deep = in_order(TokenConfig(genes="all", values="log2", n_bins=51, mask_ratios=(0.0,), cls_value=0.0), counts)[0]
     assert deep[:, :-1].tolist() == np.floor(tensors["log2_norm"]).tolist()
+
+
+def test_learning_rates_of_a_hundred_epochs(shared: Path) -> None:
+    meta, tensors = case(shared, "lr_schedule")
+    config = OptimizerConfig(lr=1e-4, warmup=5, schedule="cosine_restarts")
+    factor = learning_rate_factor(config, total_steps=700, epoch_steps=7)
+    rates = np.array([config.lr * factor(step) for step in range(700)]).reshape(100, 7)
+    assert (rates == rates[:, :1]).all(), "the rate changes within an epoch"
+    np.testing.assert_allclose(rates[:, 0], tensors["lr_per_epoch"], rtol=1e-14)
+    assert [epoch for epoch in range(1, 100) if rates[epoch, 0] == config.min_lr] == meta["cycle_starts"]
 
 
 def test_masks_keep_what_the_original_keeps(shared: Path) -> None:
