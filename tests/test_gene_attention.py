@@ -13,7 +13,7 @@ from anndata import AnnData
 from cells import GENES, TYPES, made_up_cells
 from runs import tiny_recipe, write_shards
 from scbert_cases import Case, pack
-from scbert_runs import SCBERT
+from scbert_runs import scbert_recipe
 from torch import Tensor
 
 import scfm
@@ -52,7 +52,7 @@ def test_scores_are_the_column_means_of_the_originals_exact_maps(shared: Path) -
 @pytest.mark.parametrize("mixer", ["favor", "linear", "softmax"])
 def test_scores_are_those_of_explicit_matrices(mixer: str, tmp_path: Path) -> None:
     """The matrix is what a mixer makes of an identity in place of the values."""
-    recipe = tiny_recipe(write_shards(tmp_path / "shards", 20), tmp_path / "run", **SCBERT)
+    recipe = scbert_recipe(write_shards(tmp_path / "shards", 20), tmp_path / "run")
     recipe.model.mixer = mixer
     recipe.trainer.max_steps = 1
     model = scfm.load(pretrain(recipe))
@@ -84,7 +84,7 @@ def test_scores_are_those_of_explicit_matrices(mixer: str, tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("attention")
-    start = scfm.load(pretrain(tiny_recipe(write_shards(place / "shards"), place / "run", **SCBERT)))
+    start = scfm.load(pretrain(scbert_recipe(write_shards(place / "shards"), place / "run")))
     tuned = start.finetune(made_up_cells(90, seed=7), **QUICK)
     tuned.save_pretrained(place / "tuned")
     return place

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cells import TYPES, made_up_cells
-from runs import tiny_recipe, write_shards
+from runs import write_shards
 from safetensors.torch import load_file
 from scbert_cases import our_tensors
-from scbert_runs import SCBERT
+from scbert_runs import scbert_recipe
 
 import scfm
 from scfm.errors import ScfmError
@@ -33,7 +33,7 @@ QUICK: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> scfm.PretrainedModel:
     place = tmp_path_factory.mktemp("scbert")
-    return scfm.load(pretrain(tiny_recipe(write_shards(place / "shards"), place / "run", **SCBERT)))
+    return scfm.load(pretrain(scbert_recipe(write_shards(place / "shards"), place / "run")))
 
 
 def recipe_named(name: str, model: scfm.PretrainedModel) -> Recipe:
