@@ -268,15 +268,25 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When a run is saved.
+    """When a run is saved, which of its weights are exported, and when it ends early.
 
     Args:
         every_steps: Optimizer steps between checkpoints.
-        keep: Checkpoints kept besides the best by validation loss.
+        keep: Checkpoints kept besides the best.
+        best: The validation metric whose best weights are exported, e.g. valid/loss or valid/cls_accuracy; one whose
+            name ends in `accuracy` should be high, any other low.
+        patience: Validations in a row without a better `best` after which the run ends; 0 never ends it early.
     """
 
     every_steps: int = 1000
     keep: int = 2
+    best: str = "valid/loss"
+    patience: int = 0
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether the best metric is the lowest or the highest."""
+        return "max" if self.best.endswith("accuracy") else "min"
 
 
 @dataclass
@@ -407,6 +417,7 @@ def check(recipe: Recipe) -> None:
         ),
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
         (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
+        (recipe.checkpoint.patience >= 0, f"checkpoint.patience: {recipe.checkpoint.patience} must be at least 0"),
         (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
         (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),
         (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),

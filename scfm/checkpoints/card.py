@@ -8,7 +8,7 @@ from typing import Any
 from scfm.baselines.majority_bin import majority_bins_of
 from scfm.checkpoints.native import ModelFiles
 from scfm.checkpoints.scgpt.report import Report
-from scfm.recipe import ModelConfig, Recipe
+from scfm.recipe import CheckpointConfig, ModelConfig, Recipe
 from scfm.version import __version__
 
 
@@ -69,7 +69,7 @@ def model_card(
     ]
     if recipe.from_model:
         lines.append(f"| started from | {recipe.from_model} |")
-    lines += ["", *data_section(files.training_data), *validation_section(metrics, baselines)]
+    lines += ["", *data_section(files.training_data), *validation_section(metrics, baselines, recipe.checkpoint)]
     if labels := labels_of(files):
         lines += ["## Labels", "", ", ".join(labels), ""]
     return "\n".join(lines)
@@ -159,12 +159,15 @@ def data_section(training_data: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def validation_section(metrics: Sequence[tuple[int, str, float]], baselines: dict[str, float]) -> list[str]:
+def validation_section(
+    metrics: Sequence[tuple[int, str, float]], baselines: dict[str, float], config: CheckpointConfig
+) -> list[str]:
     """Return the best validation step beside the baselines, and in words whether the model beats them."""
-    losses = [(value, step) for step, name, value in metrics if name == "valid/loss"]
-    if not losses:
+    sign = -1 if config.mode == "max" else 1
+    judged = [(sign * value, step) for step, name, value in metrics if name == config.best]
+    if not judged:
         return ["## Validation", "No cells were held out.", ""]
-    step = min(losses)[1]
+    step = min(judged)[1]
     lines = [f"## Validation (held-out cells, step {step:,}, the one exported)", "| metric | value |", "|---|---|"]
     at_best = {
         name.removeprefix("valid/"): value for s, name, value in metrics if s == step and name.startswith("valid/")

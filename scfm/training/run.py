@@ -30,11 +30,12 @@ from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import ModelConfig, Recipe, check
 from scfm.training.callbacks import (
+    BestWeights,
     FinalValidation,
     MetricsCsv,
     NewestCheckpoints,
+    Patience,
     Progress,
-    best_checkpoint,
     read_metrics,
 )
 from scfm.training.datamodule import CellDataModule, Rows
@@ -152,11 +153,14 @@ def fit(job: Job, run: RunDirectory) -> Path:
     module, data = modules_of(job)
     validates = len(job.valid_rows) > 0
     newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
-    best = best_checkpoint(run.checkpoints)
+    best, stops_early = BestWeights(run.checkpoints, recipe.checkpoint), recipe.checkpoint.patience > 0
+    if stops_early and not validates:
+        raise ScfmError("checkpoint.patience: no cells are held out to judge by; raise data.valid_fraction")
     throughput = Throughput()
     progress = Progress(run.log, recipe.trainer.log_every_n_steps, throughput)
     redraws = redraw_callbacks(job.network, recipe.seed)
-    callbacks = [FinalValidation(), throughput, progress, newest, *redraws, *([best] if validates else [])]
+    judges = [*([best] if validates else []), *([Patience(recipe.checkpoint)] if stops_early else [])]
+    callbacks = [FinalValidation(), throughput, progress, newest, *redraws, *judges]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
