@@ -58,7 +58,7 @@ PRETRAINING: dict[str, Any] = {  # what stands not here is as published
         "max_genes": VARIABLE + EXPRESSED,
         "cells_per_batch": 16,
         "tokens_per_pack": 20000,
-        "valid_fraction": 0.03,
+        "valid_fraction": 0.02,
     },
     "model": {
         "name": "scbert",
@@ -69,7 +69,7 @@ PRETRAINING: dict[str, Any] = {  # what stands not here is as published
         "performer": {"head_width": 16},
     },
     "objectives": [{"name": "masked_bin"}],
-    "optimizer": {"lr": 2e-3, "warmup": 0.1, "schedule": "cosine", "clip": 1.0},
+    "optimizer": {"lr": 6e-3, "warmup": 0.1, "schedule": "cosine", "clip": 1.0},
     "trainer": {
         "accelerator": "cpu",
         "devices": 1,
@@ -81,7 +81,7 @@ PRETRAINING: dict[str, Any] = {  # what stands not here is as published
 FINE_TUNING: dict[str, Any] = {
     "data": {"cells_per_batch": 16, "tokens_per_pack": 20000, "valid_fraction": 0.1},
     "optimizer": {"lr": 1e-3},
-    "trainer": {"accelerator": "cpu", "max_epochs": 12, "log_every_n_steps": 50},
+    "trainer": {"accelerator": "cpu", "max_epochs": 10, "log_every_n_steps": 50},
     "checkpoint": {"every_steps": 1_000_000, "patience": 4},
 }
 
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with pretrain/ and annotation/")
     parser.add_argument("--work", type=Path, required=True, help="folder for shards and runs; must not exist")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of pretraining")
-    parser.add_argument("--train", type=int, default=400, help="labelled cells that train")
+    parser.add_argument("--train", type=int, default=300, help="labelled cells that train")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mixers", action="store_true", help="compare mixers in pretraining, on the first seed")
     options = parser.parse_args()
