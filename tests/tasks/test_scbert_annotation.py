@@ -21,6 +21,7 @@ from scfm.model import ScBERT
 from scfm.model.heads import HeadSpec
 from scfm.recipe import ModelConfig, PerformerConfig, Recipe
 from scfm.recipe_reader import bundled, like, read_recipe
+from scfm.training.callbacks import read_metrics
 from scfm.training.run import Job, pretrain, set_trainable
 
 QUICK: dict[str, Any] = {
@@ -123,6 +124,18 @@ def test_features_stay_those_of_pretraining(model: scfm.PretrainedModel) -> None
     tuned = model.finetune(made_up_cells(60, seed=7), **QUICK)
     for before, after in zip(model.network.backbone.blocks, tuned.network.backbone.blocks, strict=True):
         assert torch.equal(before.mixer.projection, after.mixer.projection)
+
+
+def test_a_run_that_no_longer_improves_ends_and_exports_its_best(model: scfm.PretrainedModel, tmp_path: Path) -> None:
+    """At such a rate the weights stay as they are: no validation is better than the first."""
+    out = tmp_path / "run"
+    recipe = recipe_named("scbert-annotation", model)
+    assert recipe.checkpoint.patience < recipe.trainer.max_epochs
+    still = {"optimizer": {"lr": 1e-30}, "checkpoint": {"patience": 3}, "out": str(out)}
+    model.finetune(made_up_cells(60, seed=7), **(QUICK | still))
+    metrics = read_metrics(out / "metrics.csv")
+    assert len([name for _, name, _ in metrics if name == "valid/loss"]) == 1 + 3
+    assert "ended early: 3 validations in a row" in (out / "log.txt").read_text()
 
 
 class Caught(Exception):
