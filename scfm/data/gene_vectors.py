@@ -23,14 +23,12 @@ def read_gene_vectors(path: Path, vocabulary: Vocabulary, width: int) -> tuple[N
 
     Raises:
         ScfmError: a file is missing or damaged, the two do not belong together, the vectors are not of the model's
-            width, a gene has two of them, or none has one.
+            width, a gene has several of them, or none has one.
     """
     key = "model.gene_table"
     matrix = read_matrix(path)
     if matrix.shape[1] != width:
-        raise ScfmError(
-            f"{key}: the vectors of {path} have {matrix.shape[1]} numbers; set model.width to that ({width})"
-        )
+        raise ScfmError(f"{key}: the vectors of {path} have {matrix.shape[1]} numbers, but model.width is {width}")
     names = read_names(path.with_suffix(".txt"))
     if len(names) != len(matrix):
         raise ScfmError(f"{key}: {path} has {len(matrix):,} rows, {path.with_suffix('.txt').name} {len(names):,} names")
@@ -46,7 +44,7 @@ def read_gene_vectors(path: Path, vocabulary: Vocabulary, width: int) -> tuple[N
     claims = Counter(entries[rows].tolist())
     shared = [vocabulary.names[entry] for entry, n in claims.items() if n > 1]
     if shared:
-        raise ScfmError(f"{key}: {len(shared)} genes have two rows in {path}, by id and by symbol: {shared[:3]}")
+        raise ScfmError(f"{key}: {len(shared)} genes have several rows in {path}, under other names: {shared[:3]}")
     vectors = np.zeros((len(vocabulary), width), np.float32)
     vectors[entries[rows]] = matrix[rows]
     return vectors, len(rows)

@@ -340,3 +340,20 @@ def loss_curves(
 ) -> None:
     """Write the loss curves of one run as a PNG file."""
     path.write_bytes(training_curves({path.stem: TrainingLog(metrics, baselines or {})}))
+
+
+def cost_by_length(lengths: Sequence[int], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+    """Draw seconds and peak MiB by the number of genes, both axes logarithmic: name -> (seconds, MiB)."""
+    colours = ("#c2410c", "#0f4c75", "#5b8db8", "#f59e0b", "#be185d")
+    with _figure(7.2, 3.1, columns=2) as (_, axes, drawn):
+        for axis, part, what in zip(axes, (0, 1), ("seconds, forward + backward", "peak memory, MiB"), strict=True):
+            for (name, costs), colour in zip(curves.items(), colours, strict=False):
+                axis.plot(lengths, costs[part], "o-", color=colour, label=name, markersize=4)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+            axis.minorticks_off()
+            axis.set_xlabel("genes of the cell")
+            axis.set_ylabel(what)
+        axes[0].legend()
+    return drawn.getvalue()

@@ -187,7 +187,7 @@ def feature_attention(
         projection: (m, d) random directions; (0, d) for elu.
         cu_seqlens: (N + 1,) int32 cell boundaries.
         longest: no cell has more tokens.
-        kernel: exp, relu, gelu or elu.
+        kernel: exp, relu or elu.
         compat: as scBERT's release.
         key_mask: (T,) bool, False for a masked key.
     """

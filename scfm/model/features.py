@@ -25,7 +25,6 @@ COMPAT_EPS = 1e-4
 KERNEL_EPS = 1e-3  # of relu and gelu, in both modes
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda p: F.relu(p).add_(KERNEL_EPS),
-    "gelu": lambda p: F.gelu(p).add_(KERNEL_EPS),
     "elu": lambda p: F.elu(p).add_(1).add_(EPS),
 }
 
@@ -123,7 +122,7 @@ class FeatureMap:
     """phi of vectors (b, c, d): a kernel of their projections (b, c, m), and eps.
 
     Attributes:
-        kernel: exp, relu, gelu or elu; elu is elu + 1, and projects nothing.
+        kernel: exp, relu or elu; elu is elu + 1, and projects nothing.
         weight: (m, d) the projection, d^(-1/4) folded in; (0, d) for elu.
         compat: as scBERT's release; see `scfm.model.performer`.
     """
@@ -143,10 +142,7 @@ class FeatureMap:
 
     @property
     def eps(self) -> tuple[float, float]:
-        """What E of queries and of keys lacks; queries need none where their largest feature is 1.
-
-        Kernels that may be negative add it at once: it would be lost beside sums that nearly cancel.
-        """
+        """What E of queries and of keys lacks; queries need none where their largest feature is 1."""
         if self.kernel == "exp":
             return (COMPAT_EPS, COMPAT_EPS) if self.compat else (0.0, EPS)
         return 0.0, 0.0
@@ -185,7 +181,7 @@ class FeatureMap:
         return p.add_(row.unsqueeze(-1)).exp2_(), row
 
     def again(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return projections, which the backward of some kernels needs, and features; row: of the forward."""
+        """Return projections, which the backward of relu and elu needs, and features; row: of the forward."""
         if self.kernel != "exp":
             return self.activated(x)
         e = self.exponent(with_column(x, row)).exp2_()
@@ -197,8 +193,6 @@ class FeatureMap:
             return d_phi.mul_(e)
         if self.kernel == "relu":
             return aten.threshold_backward(d_phi, p, 0)
-        if self.kernel == "gelu":
-            return aten.gelu_backward(d_phi, p)
         return aten.elu_backward(d_phi, 1, 1, 1, False, p)
 
     def unprojected(self, d_p: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ in float32 whatever it is handed; `compat` computes as scBERT's release does, wh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm.data.batch import PackedBatch
@@ -28,8 +30,12 @@ from scfm.errors import ScfmError
 from scfm.model.attention import AttentionLayout, pick_backend, prepare
 from scfm.model.attention_cpu import Run, exact
 from scfm.model.feature_attention import cell_runs, feature_attention, feature_scores
+from scfm.model.features import KERNEL_EPS
 from scfm.recipe import ModelConfig, PerformerConfig
 
+# kernels computed in one piece: `none` has no more features than a head is wide; those of `gelu` may be negative, and
+# where they nearly cancel in the normaliser, another order of summation is another result
+WHOLE = ("gelu", "none")
 LOGITS_AT_ONCE = 2**22  # of an attention matrix whose columns are summed
 
 
@@ -100,6 +106,8 @@ class FeatureMixer(Mixer):
 class Favor(FeatureMixer):
     """FAVOR+ (Choromanski et al. 2021), and the generalized and projection-free attention of scBERT's release.
 
+    The kernel `none` takes softmax(q) over the width of a head and softmax(k) over the genes (Shen et al. 2021).
+
     `correct`: the stabiliser of keys is the largest exponent of their cell and head, without a gradient; eps is 1e-8;
     masked keys count neither in S nor in z.
     `compat`: the stabiliser of queries is their largest w_f y, that of keys ONE largest w_f y over all cells, heads,
@@ -110,7 +118,7 @@ class Favor(FeatureMixer):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
         d = config.head_width
-        m = int(d * math.log(d)) if config.features is None else config.features
+        m = default_features(d) if config.features is None else config.features
         if min(m, d) < 1:
             raise ScfmError(f"model.performer: {m} features of heads of width {d}: both must be at least 1")
         self.config = config
@@ -130,14 +138,47 @@ class Favor(FeatureMixer):
         self.projection.copy_(orthogonal_directions(m, d, self.config.scaling == "norms", generator))
 
     def forward(self, qkv: Tensor, segments: Segments, key_mask: Tensor | None = None) -> Tensor:
-        if self.kernel == "none":
-            return without_projection(qkv, segments, key_mask, self.compat)
-        return super().forward(qkv, segments, key_mask)
+        if self.kernel not in WHOLE:
+            return super().forward(qkv, segments, key_mask)
+        outs = []
+        with torch.autocast(qkv.device.type, enabled=False):
+            for phi_q, phi_k, v in self.whole(qkv, segments, key_mask):
+                out = phi_q @ (phi_k.mT @ v) / (phi_q @ phi_k.sum(-2).unsqueeze(-1))
+                outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).to(qkv.dtype)
 
     def gene_scores(self, qkv: Tensor, segments: Segments) -> Tensor:
-        if self.kernel == "none":
-            return scores_without_projection(qkv, segments)
-        return super().gene_scores(qkv, segments)
+        if self.kernel not in WHOLE:
+            return super().gene_scores(qkv, segments)
+        scores = []
+        with torch.autocast(qkv.device.type, enabled=False), torch.no_grad():
+            for phi_q, phi_k, _ in self.whole(qkv, segments, None):
+                mean_query = (phi_q / (phi_q @ phi_k.sum(-2).unsqueeze(-1))).mean(-2).unsqueeze(-1)
+                scores.append((phi_k @ mean_query).squeeze(-1).mean(1).flatten())
+        return torch.cat(scores)
+
+    def whole(
+        self, qkv: Tensor, segments: Segments, key_mask: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield features of queries and of keys (cells, H, n, m) and values (cells, H, n, d) of equal cells."""
+        q, k, v = qkv.to(exact(qkv.dtype)).unbind(1)
+        kept = q.new_ones(len(q), 1, 1) if key_mask is None else key_mask[:, None, None].to(q.dtype)
+        if self.kernel == "gelu":
+            weight = self.projection.to(q.dtype).t() * q.shape[-1] ** -0.25
+            q, k = (F.gelu(x @ weight) + KERNEL_EPS for x in (q, k))
+            k = k if self.compat else k * kept
+        elif not self.compat:
+            k = k.masked_fill(kept == 0, -torch.inf)
+        for run in segments.runs(len(qkv)):
+            phi_q, phi_k, values = (run.heads_first(x) for x in (q, k, v * kept))
+            if self.kernel == "none":
+                phi_q, phi_k = phi_q.softmax(-1), phi_k.softmax(-2)
+            yield phi_q, phi_k, values
+
+
+def default_features(head_width: int) -> int:
+    """Return int(d ln d), as many random features as scBERT takes."""
+    return int(head_width * math.log(head_width))
 
 
 def orthogonal_directions(m: int, d: int, norms: bool, generator: torch.Generator | None) -> Tensor:
@@ -153,32 +194,6 @@ def orthogonal_directions(m: int, d: int, norms: bool, generator: torch.Generato
         blocks.append((q * r.diagonal().sign()).t())
     lengths = torch.randn(m, d, **draw).norm(dim=1, keepdim=True) if norms else math.sqrt(d)
     return torch.cat(blocks)[:m] * lengths
-
-
-def without_projection(qkv: Tensor, segments: Segments, key_mask: Tensor | None, compat: bool) -> Tensor:
-    """Attend through softmax(q) over the width of a head and softmax(k) over the genes (Shen et al. 2021)."""
-    outs = []
-    with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = qkv.to(exact(qkv.dtype)).unbind(1)
-        if key_mask is not None:
-            v = v * key_mask[:, None, None]
-            k = k if compat else k.masked_fill(~key_mask[:, None, None], -torch.inf)
-        for run in segments.runs(len(qkv)):
-            queries, keys, values = (run.heads_first(x) for x in (q, k, v))  # (cells, H, n, d)
-            out = queries.softmax(-1) @ (keys.softmax(-2).mT @ values)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).to(qkv.dtype)
-
-
-@torch.no_grad()
-def scores_without_projection(qkv: Tensor, segments: Segments) -> Tensor:
-    scores = []
-    with torch.autocast(qkv.device.type, enabled=False):
-        for run in segments.runs(len(qkv)):
-            q, k, _ = (run.heads_first(x).to(exact(x.dtype)) for x in qkv.unbind(1))
-            asked = q.softmax(-1).mean(-2).unsqueeze(-1)  # (cells, H, d, 1)
-            scores.append((k.softmax(-2) @ asked).squeeze(-1).mean(1).flatten())
-    return torch.cat(scores)
 
 
 class LinearAttention(FeatureMixer):
