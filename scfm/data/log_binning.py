@@ -14,10 +14,40 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scfm.data.expression import LARGEST_COUNT
+from scfm.data.store import CellStore
+from scfm.errors import ScfmError
 
 TARGET = 10_000
+SAMPLED_CELLS = 200
+ROUNDING = 1e-3
 HIGHEST = 13
 """The bin of a gene that has all the counts of its cell: floor(log2(10,001))."""
+
+
+def check_logarithms(store: CellStore) -> None:
+    """Refuse normalised cells whose values cannot be log2(1 + expression per 10,000), as far as a sample of them shows.
+
+    Raises ScfmError where a value is above log2(10,001), or where most cells are whole under natural logarithms: their
+    values then say 10,000 in all, which by base 2 they do not. Cells cut to few genes cannot be told by their sum.
+    """
+    if store.value_kind == "counts" or store.n_cells == 0:
+        return
+    rows = np.unique(np.linspace(0, store.n_cells - 1, SAMPLED_CELLS).astype(np.int64))
+    whole = 0
+    for block, place in zip(*store.locate(rows), strict=True):
+        held = store.blocks[block]
+        values = held.values[held.offsets[place] : held.offsets[place + 1]].astype(np.float64)
+        if values.max(initial=0) > np.log2(1 + TARGET) + ROUNDING:
+            raise ScfmError(
+                f"data.values: log2 takes normalised values as log2(1 + expression per 10,000), which end at "
+                f"{np.log2(1 + TARGET):.1f}; these cells hold {values.max():.4g}. Give raw counts, or normalise them so"
+            )
+        whole += abs(np.expm1(values).sum() / TARGET - 1) < ROUNDING
+    if whole > len(rows) / 2:
+        raise ScfmError(
+            "data.values: log2 takes normalised values as log2(1 + expression per 10,000); these cells hold natural "
+            "logarithms (log1p). Give raw counts, or divide the values by ln 2"
+        )
 
 
 @njit(nogil=True, cache=True)
