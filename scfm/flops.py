@@ -15,7 +15,9 @@ from torch import nn
 
 from scfm.data.batch import PackedBatch
 from scfm.model.heads import ClassDecoder, GeneClassDecoder, ProductDecoder
-from scfm.model.performer import Favor, FeatureMixer
+from scfm.model.performer import FeatureMixer
+
+RANDOM = ("exp", "relu", "gelu")  # kernels of random features
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,15 @@ def backbone_flops(backbone: nn.Module, work: Work) -> float:
 def mixing_flops(block: Any, work: Work) -> float:
     """Return the FLOPs of the genes of a cell reading each other in one block, its linear layers not counted.
 
-    With m features per head of width d, queries and keys are projected on m directions where these are random, keys are
-    summed up with values (m x d), and queries read the sums and their norm (m x (d + 1)).
+    Through m features per head of width d: keys are summed up with values (m x d), and queries read the sums (m x d);
+    random features take a product of queries and keys with m directions besides. Norms of the weights are left out.
     """
     width = block.out_proj.in_features
     mixer = getattr(block, "mixer", None)
     if not isinstance(mixer, FeatureMixer):
         return 4.0 * width * work.pairs  # per pair and channel: a product for the logit, a product for the value
-    features, projects = width // block.heads, False
-    if isinstance(mixer, Favor) and mixer.config.kernel != "none":
-        features, projects = mixer.projection.shape[0], True
-    return work.tokens * features * ((4.0 if projects else 0.0) * width + 4.0 * width + 2.0 * block.heads)
+    directions = len(mixer.projection) if mixer.kernel in RANDOM else 0
+    return work.tokens * width * (8.0 * directions if directions else 4.0 * width / block.heads)
 
 
 def head_flops(head: nn.Module, work: Work) -> float:

@@ -447,6 +447,8 @@ def check(recipe: Recipe) -> None:
             wrong.append("data.values: scBERT embeds bins; choose log2 or binned instead of raw")
         if data.mask_value != data.n_bins:
             wrong.append(f"data.mask_value: {data.mask_value:g}; scBERT's hidden genes hold data.n_bins, {data.n_bins}")
+        if recipe.trainer.compile and model.mixer == "favor" and model.performer.kernel in ("gelu", "none"):
+            wrong.append(f"trainer.compile: the kernel {model.performer.kernel} of model.performer does not compile")
         if data.cls_value not in range(data.n_bins):
             wrong.append(f"data.cls_value: {data.cls_value:g}; scBERT embeds bins, 0 to {data.n_bins - 1}")
     if data.values == "raw" and model.value_encoder == "category":

@@ -60,6 +60,10 @@ def test_a_recipe_that_names_scbert_needs_few_keys(tmp_path: Path) -> None:
         ({"data": {"mask_candidates": "all"}}, r"masked_bin predicts bins of expressed genes"),
         ({"data": {"mask_ratios": [0.0]}}, r"masked_bin predicts unknown genes, but data\.mask_ratios"),
         ({"objectives": [{"name": "gep"}]}, "gep needs a head of scGPT"),
+        (
+            {"trainer": {"compile": True}, "model": {"performer": {"kernel": "gelu"}}},
+            r"trainer\.compile: the kernel gelu of model\.performer does not compile",
+        ),
         ({"model": {"attention": "generative", "performer": {"head_width": 8}}}, r"(mask_kept|model\.attention)"),
     ],
 )
