@@ -166,11 +166,15 @@ def test_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     plots = ["--plots", str(tmp_path / "plots")]
     assert main([*asked, "--out", str(tmp_path / "no.h5ad"), *plots]) == 2
     assert "give --gene-attention with it" in capsys.readouterr().err
-    assert main([*asked, "--out", str(tmp_path / "out.h5ad"), "--gene-attention", *plots]) == 0
+    unsure = ["--unassigned-below", "0.6"]
+    assert main([*asked, "--out", str(tmp_path / "out.h5ad"), "--gene-attention", *plots, *unsure]) == 0
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert written.uns["scfm"]["unassigned_below"] == 0.6
+    left = written.obs["annotation"] == "Unassigned"
+    assert (left == (written.obs["annotation_probability"] < 0.6)).all()
     assert written.layers[LAYER].shape == (60, 60)
     table = pd.read_csv(tmp_path / "plots" / "annotation_top_genes.csv")
-    assert set(table["cell_type"]) <= set(TYPES)
+    assert set(table["cell_type"]) <= {*TYPES, "Unassigned"}
     assert (tmp_path / "plots" / "annotation_top_genes.png").exists()
 
 

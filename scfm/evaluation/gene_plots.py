@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.evaluation.plots import FAINT, _figure
+from scfm.evaluation.plots import FAINT, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ def top_gene_dots(means: Mapping[str, NDArray[np.float64]], genes: Sequence[str]
     lowest, span = scores.min(0), np.ptp(scores, axis=0)
     shade = np.divide(scores - lowest, span, out=np.zeros_like(scores), where=span > 0)
     cells = table.drop_duplicates("cell_type").set_index("cell_type")["cells"]
-    with _figure(3.4 + 0.2 * len(shown), 1.8 + 0.3 * len(types)) as (figure, (axis,), drawn):
+    with new_figure(3.4 + 0.2 * len(shown), 1.8 + 0.3 * len(types)) as (figure, (axis,), drawn):
         y, x = np.indices(scores.shape)
         dots = axis.scatter(
             x.ravel(),
