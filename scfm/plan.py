@@ -26,10 +26,7 @@ from scfm.workload import Cells, Packs, cells_of, mean_work, packs_of, schedule_
 
 ASSUMED_MFU = 0.38
 USABLE = 0.9  # share of a device's memory; the rest goes to the driver's context and to fragmentation
-HEAP = (
-    "memory: what is alive at the fullest moment; measured processes held 1.05 to 1.3 times that in their first steps, "
-    "and a run of 20 steps 3 times (probably a fragmented heap)"
-)
+HEAP = "memory: what is alive at the fullest moment; a small process held twice that (compiled products, heap)"
 OPTIMIZER_TRAFFIC = 7  # numbers that AdamW moves per weight: reads weight, gradient, two states; writes all but one
 
 DeviceName = Literal["h100", "h200", "a100", "a100-40", "l40s", "rtx4090", "cpu"]

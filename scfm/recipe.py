@@ -127,7 +127,8 @@ class ModelConfig:
         mixer: What scBERT's blocks mix genes with: `favor` (FAVOR+ features), `linear` (elu + 1) or exact `softmax`.
         performer: What only scBERT's blocks know.
         gene_table: scBERT: an .npy file of gene vectors (genes, width) that stay frozen, e.g. gene2vec; the gene names
-            stand beside it, one a line, in a .txt file of the same name. Null for vectors that are learned.
+            stand beside it, one a line, in a .txt file of the same name. Null for vectors that are learned. A
+            model that was converted from scBERT names its checkpoint.
         padded_batches: Compute as scGPT does on padded batches: DSBN by the first cell's domain, and padding counted in
             norm statistics and in mean and weighted cell embeddings. For comparisons only: batch mates then matter.
     """

@@ -7,9 +7,14 @@ from typing import Any
 
 from scfm.baselines.majority_bin import majority_bins_of
 from scfm.checkpoints.native import ModelFiles
-from scfm.checkpoints.scgpt.report import Report
+from scfm.checkpoints.report import Report
 from scfm.recipe import CheckpointConfig, ModelConfig, Recipe
 from scfm.version import __version__
+
+PAPERS = {
+    "scGPT": "Cui et al., Nature Methods 2024",
+    "scBERT": "Yang et al., Nature Machine Intelligence 2022",
+}
 
 
 def model_card(
@@ -97,22 +102,23 @@ def mixing_of(model: ModelConfig) -> str:
 
 
 def converted_card(files: ModelFiles, report: Report) -> str:
-    """Return the card of a model that was converted from an scGPT checkpoint, as Markdown.
+    """Return the card of a model that was converted from another program's checkpoint, as Markdown.
 
     Args:
         files: the model's own description.
         report: what the conversion did.
     """
-    model, tokens, converted = files.model, files.tokens, files.training_data["converted"]
+    model, converted = files.model, files.training_data["converted"]
+    original = converted["from"]
     lines = [
         "---",
         "library_name: scfm",
-        "tags: [single-cell, transcriptomics, foundation-model, scGPT]",
+        f"tags: [single-cell, transcriptomics, foundation-model, {original}]",
         "---",
-        f"# {model.name}, {report.n_parameters:,} parameters, converted from scGPT",
+        f"# {model.name}, {report.n_parameters:,} parameters, converted from {original}",
         "",
-        f"Converted by scfm {__version__} from the scGPT checkpoint {converted['file']}: its weights, none of them "
-        "trained or changed since. Cite scGPT (Cui et al., Nature Methods 2024) and whoever trained it.",
+        f"Converted by scfm {__version__} from the {original} checkpoint {converted['file']}: its weights, none of "
+        f"them trained or changed since. Cite {original} ({PAPERS[original]}) and whoever trained it.",
         "",
         "```python",
         "import scfm",
@@ -125,11 +131,11 @@ def converted_card(files: ModelFiles, report: Report) -> str:
         "|---|---|",
         f"| tensors | {report.n_tensors}, layout {report.layout} |",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
-        f"| attention | {model.attention} |",
+        f"| {mixing_of(model)} |",
         f"| values | {values_of(files)} |",
-        f"| tokens | preset {converted['preset']}: `<cls>` has the value {tokens.cls_value:g}, at most "
-        f"{tokens.max_genes:,} genes per cell, ties {tokens.tie_policy} |",
+        f"| tokens | {tokens_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary |",
+        *([f"| gene vectors | frozen, from {model.gene_table} |"] if model.gene_table else []),
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
         f"| left behind | {', '.join(report.left_behind) or 'nothing'} |",
@@ -142,6 +148,15 @@ def converted_card(files: ModelFiles, report: Report) -> str:
     if report.notes:
         lines += ["## Notes", *(f"- {note}" for note in report.notes), ""]
     return "\n".join(lines)
+
+
+def tokens_of(files: ModelFiles) -> str:
+    """Return in words which tokens a converted model reads."""
+    tokens, preset = files.tokens, files.training_data["converted"].get("preset")
+    cls = f"`<cls>` has the value {tokens.cls_value:g}"
+    if preset is None:
+        return f"all genes of the vocabulary, and {cls}"
+    return f"preset {preset}: {cls}, at most {tokens.max_genes:,} genes per cell, ties {tokens.tie_policy}"
 
 
 def labels_of(files: ModelFiles) -> list[str]:
