@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scfm.data.gene_table import GeneTable
 from scfm.errors import ScfmError
+from scfm.gene_attention import write_top_genes
 from scfm.model.precision import Precision
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def predict(
     accept_normalised: bool = False,
     genes: Sequence[str] = (),
     precision: Precision = "fp32",
+    unassigned_below: float | None = None,
+    gene_attention: bool = False,
+    plots: str | None = None,
 ) -> None:
     """Write predicted labels into `.obs`, all probabilities into `.obsm`, and where they came from into `.uns["scfm"]`.
 
@@ -63,15 +67,24 @@ def predict(
         accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
         precision: bf16 is faster where the device has bf16 instructions, and close to fp32, not equal.
+        unassigned_below: Label cells whose largest probability is lower `Unassigned` (scBERT, novel types: 0.5).
+        gene_attention: Write into `.layers` how much each gene is attended to, for models that tell (scBERT).
+        plots: With --gene-attention, folder for the plot and the table of the top genes of each predicted type.
     """
+    if plots is not None and not gene_attention:
+        raise ScfmError("--plots: shows the genes that cells attend to; give --gene-attention with it")
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
     options["precision"] = precision
     options["genes"] = GeneTable.read(genes) if genes else None
-    over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
+    options |= {"unassigned_below": unassigned_below, "gene_attention": gene_attention}
+    predicted = over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
+    if plots is not None:
+        for task in (task for task in predicted.uns["scfm"]["labels"] if task in predicted.obs):
+            print(f"top genes: {write_top_genes(predicted, task, Path(plots))}")
 
 
-def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> None:
-    """Read, work, and write under a temporary name before renaming."""
+def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, AnnData], AnnData]) -> AnnData:
+    """Read, work, write under a temporary name before renaming, and return what was written."""
     from scfm.pretrained import load
 
     target = Path(out)
@@ -84,6 +97,7 @@ def over_file(file: str, model: str, out: str, work: Callable[[PretrainedModel, 
     result.write_h5ad(partial)
     partial.rename(target)
     print(f"{result.n_obs:,} cells: {target}")
+    return result
 
 
 def read_anndata(path: Path) -> AnnData:

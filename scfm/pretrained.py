@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
+from scfm.gene_attention import GeneAttention
 from scfm.model.heads import HeadSpec
 from scfm.model.precision import Precision, at_precision
 from scfm.version import __version__
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from scfm.data.gene_table import GeneTable
 
 EMBEDDING = "X_scfm"
+UNASSIGNED = "Unassigned"
 CELLS_PER_BATCH = 256
 
 
@@ -91,11 +94,15 @@ class PretrainedModel:
         accept_normalised: bool = False,
         genes: GeneTable | None = None,
         precision: Precision = "fp32",
+        unassigned_below: float | None = None,
+        gene_attention: bool = False,
     ) -> AnnData:
         """Write predicted labels and their probabilities, and return `adata`.
 
         For a head named `annotation`: `.obs["annotation"]`, `.obs["annotation_probability"]`, and all probabilities in
         `.obsm["annotation_probabilities"]`, columns in the order of `.uns["scfm"]["labels"]["annotation"]`.
+        With `gene_attention`, `.layers["gene_attention"]` (cells, genes of `adata`) says how much each gene is read by
+        the others of its cell (see `scfm.gene_attention`).
 
         Args:
             adata: as for `embed`.
@@ -103,10 +110,16 @@ class PretrainedModel:
             accept_normalised: as for `embed`.
             genes: as for `embed`.
             precision: as for `embed`.
+            unassigned_below: cells whose largest probability is lower are labelled `Unassigned` (scBERT's rule for
+                novel types, with 0.5); probabilities stay as they are.
+            gene_attention: whether to write how much each gene is attended to; only mixers, those of scBERT, tell.
 
         Raises:
-            ScfmError: the model has no head that predicts labels, or as for `embed`.
+            ScfmError: the model has no head that predicts labels, or tells no gene attention; the threshold is no
+                probability; or as for `embed`.
         """
+        if unassigned_below is not None and not 0 <= unassigned_below <= 1:
+            raise ScfmError(f"unassigned_below: {unassigned_below} is not a probability; it lies between 0 and 1")
         network = self.network_at(precision)
         heads = [head for head in self.files.heads if head.kind in ("cls", "genes") and head.n_out > 1]
         if not heads:
@@ -114,26 +127,39 @@ class PretrainedModel:
         store = self.store(adata, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
-        for pack, output in self.outputs(network, store, conditions, tokens_per_pack):
-            real = pack.real_cells.cpu().numpy()
-            rows = pack.cell_id.cpu().numpy()[real]
-            for head in heads:
-                logits[head.task][rows] = output.predictions[head.task].float().cpu().numpy()[real]
+        with GeneAttention(network, self.source) if gene_attention else nullcontext() as attention:
+            for pack, output in self.outputs(network, store, conditions, tokens_per_pack):
+                real = pack.real_cells.cpu().numpy()
+                rows = pack.cell_id.cpu().numpy()[real]
+                for head in heads:
+                    logits[head.task][rows] = output.predictions[head.task].float().cpu().numpy()[real]
+                if attention is not None:
+                    attention.take(pack)
         for head in heads:
-            self.write_labels(adata, head, logits[head.task])
+            self.write_labels(adata, head, logits[head.task], unassigned_below)
+        if attention is not None:
+            attention.write(adata, self.files.vocabulary, genes)
         adata.uns["scfm"] = self.provenance(adata, store, conditions, genes, precision)
+        if unassigned_below is not None:
+            adata.uns["scfm"]["unassigned_below"] = unassigned_below
         return adata
 
     @staticmethod
-    def write_labels(adata: AnnData, head: HeadSpec, logits: NDArray[np.float32]) -> None:
+    def write_labels(
+        adata: AnnData, head: HeadSpec, logits: NDArray[np.float32], unassigned_below: float | None
+    ) -> None:
         import pandas as pd
         from scipy.special import softmax
 
         assert head.labels is not None
         probabilities = softmax(logits, axis=1)  # (N, C)
-        best = np.array(head.labels, dtype=object)[probabilities.argmax(axis=1)]
-        adata.obs[head.task] = pd.Categorical(best, categories=head.labels)
-        adata.obs[f"{head.task}_probability"] = probabilities.max(axis=1)
+        best, largest = np.array(head.labels, dtype=object)[probabilities.argmax(axis=1)], probabilities.max(axis=1)
+        names = list(head.labels)
+        if unassigned_below is not None:
+            best[largest < unassigned_below] = UNASSIGNED
+            names = list(dict.fromkeys([*names, UNASSIGNED]))
+        adata.obs[head.task] = pd.Categorical(best, categories=names)
+        adata.obs[f"{head.task}_probability"] = largest
         adata.obsm[f"{head.task}_probabilities"] = probabilities
 
     def generate(

@@ -15,6 +15,7 @@ from runs import tiny_recipe, write_shards
 
 import scfm
 from scfm.errors import ScfmError
+from scfm.model.heads import HeadSpec
 from scfm.training.run import pretrain
 
 QUICK = {"trainer": {"max_epochs": 8, "accelerator": "cpu"}, "optimizer": {"lr": 1e-2}}
@@ -109,6 +110,37 @@ def test_finetune_predicts_types_and_leaves_the_model_as_it_was(model: scfm.Pret
     tuned.save_pretrained(tmp_path / "tuned")
     again = scfm.load(tmp_path / "tuned").predict(made_up_cells(90, seed=8))
     np.testing.assert_array_equal(again.obsm["annotation_probabilities"], probabilities)
+
+
+def test_unsure_cells_are_unassigned_and_their_probabilities_stay(model: scfm.PretrainedModel, tmp_path: Path) -> None:
+    tuned = model.finetune(made_up_cells(150, seed=7), trainer={"max_epochs": 2, "accelerator": "cpu"})
+    cells = made_up_cells(90, seed=8)
+    plain = tuned.predict(cells.copy())
+    assert plain.obs["annotation"].cat.categories.tolist() == TYPES
+    assert "unassigned_below" not in plain.uns["scfm"]
+    threshold = float(plain.obs["annotation_probability"].median())
+    told = tuned.predict(cells.copy(), unassigned_below=threshold)
+    unsure = (plain.obs["annotation_probability"] < threshold).to_numpy()
+    assert 0 < unsure.sum() < 90
+    labels, expected = told.obs["annotation"].astype(str), plain.obs["annotation"].astype(str)
+    assert (labels == np.where(unsure, "Unassigned", expected)).all()
+    assert told.obs["annotation"].cat.categories.tolist() == [*TYPES, "Unassigned"]
+    np.testing.assert_array_equal(told.obsm["annotation_probabilities"], plain.obsm["annotation_probabilities"])
+    np.testing.assert_array_equal(told.obs["annotation_probability"], plain.obs["annotation_probability"])
+    assert told.uns["scfm"]["unassigned_below"] == threshold
+    told.write_h5ad(tmp_path / "told.h5ad")
+    with pytest.raises(ScfmError, match="unassigned_below: 50 is not a probability"):
+        tuned.predict(cells, unassigned_below=50)
+
+
+def test_a_cell_at_the_threshold_is_assigned() -> None:
+    head = HeadSpec("annotation", "cls", 2, ["A", "B"])
+    cells = made_up_cells(3)
+    logits = np.array([[0, 0], [0.1, 0], [-1, 0]], np.float32)
+    scfm.PretrainedModel.write_labels(cells, head, logits, 0.5)
+    assert cells.obs["annotation"].tolist() == ["A", "A", "B"]
+    scfm.PretrainedModel.write_labels(cells, head, logits, 0.6)
+    assert cells.obs["annotation"].tolist() == ["Unassigned", "Unassigned", "B"]
 
 
 def test_finetuning_frozen_moves_the_classifier_alone(model: scfm.PretrainedModel) -> None:

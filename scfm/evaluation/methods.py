@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class FineTuned:
-    """A pretrained model, fine-tuned end to end for annotation on each split's training cells.
+    """A pretrained model, fine-tuned for annotation on each split's training cells.
 
     Args:
         name: what the report calls it.
         model: model directory to start from, anew for every split.
         runs: folder that receives a run directory per split.
-        sections: recipe sections over those of `recipes/finetune/annotation.yaml`.
+        sections: recipe sections over those of the bundled recipe for annotation with such a model.
     """
 
     def __init__(self, name: str, model: Path, runs: Path, sections: dict[str, Any] | None = None) -> None:
@@ -36,7 +36,7 @@ class FineTuned:
         self.training_hashes: NDArray[np.uint64] | None = None
 
     def describe(self) -> str:
-        return "pretrained model with a classifier on its cell embedding, all weights fine-tuned on the training cells"
+        return "pretrained model with a classifier, fine-tuned on the training cells"
 
     def pretrained(self, adata: AnnData, seed: int) -> PretrainedModel:
         """Return the model to start from, for these training cells and this seed."""

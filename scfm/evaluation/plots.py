@@ -62,7 +62,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def _figure(
+def new_figure(
     width: float, height: float, columns: int = 1, **options: Any
 ) -> Iterator[tuple[Figure, list[Axes], io.BytesIO]]:
     """Open a figure in scfm's style, outside of pyplot's global state; on leaving, it is drawn into the buffer."""
@@ -93,7 +93,7 @@ def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
     """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric."""
     colours = _colours(comparison)
     names = list(comparison.kinds)[::-1]
-    with _figure(7.2, 0.55 + 0.34 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
+    with new_figure(7.2, 0.55 + 0.34 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
         for axis, metric in zip(axes, metrics, strict=True):
             for y, name in enumerate(names):
                 values = np.array([run.scores.values[metric] for run in comparison.runs_of(name)])
@@ -145,7 +145,7 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
         for k, name in enumerate(names[np.argsort(-counts)])
     }
     held_out = np.arange(len(labels)) >= n_train
-    with _figure(7.2, 0.9 + 4.6 / len(embeddings) + 0.17 * -(-len(look) // 3), len(embeddings)) as (
+    with new_figure(7.2, 0.9 + 4.6 / len(embeddings) + 0.17 * -(-len(look) // 3), len(embeddings)) as (
         figure,
         axes,
         drawn,
@@ -183,7 +183,7 @@ def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
     n = len(order)
     listed = [*order, *range(n, len(columns))]
     columns = [columns[k] for k in listed]
-    with _figure(7.2, 1.6 + 0.22 * n, len(methods), sharey=True) as (_, axes, drawn):
+    with new_figure(7.2, 1.6 + 0.22 * n, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name, table in zip(axes, methods, tables, strict=True):
             table = table[np.ix_(order, listed)]
             totals = table.sum(1, keepdims=True)
@@ -212,7 +212,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
     colours = _colours(comparison)
     order = np.argsort(comparison.support, kind="stable")
     names = list(comparison.kinds)
-    with _figure(7.2, 1.1 + 0.36 * len(order)) as (figure, (axis,), drawn):
+    with new_figure(7.2, 1.1 + 0.36 * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
             scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
             y = np.arange(len(order)) + 0.62 * (0.5 - (k + 0.5) / len(names))
@@ -237,7 +237,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
 def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
     """Draw confidence against accuracy, cells of all splits together, the size of a dot by the cells in its bin."""
     colours = _colours(comparison)
-    with _figure(7.2, 2.9, len(methods), sharey=True) as (_, axes, drawn):
+    with new_figure(7.2, 2.9, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name in zip(axes, methods, strict=True):
             found = [run.scores.reliability for run in comparison.runs_of(name) if run.scores.reliability is not None]
             cells = np.sum([one.cells for one in found], axis=0)
@@ -276,7 +276,7 @@ def training_curves(runs: Mapping[str, TrainingLog]) -> bytes:
     A run that predicts masked bins has a second panel with their accuracy.
     """
     accuracies = {title: log for title, log in runs.items() if logged_names(log, MASKED_BINS)}
-    with _figure(7.2, 3.3, len(runs) + len(accuracies)) as (_, axes, drawn):
+    with new_figure(7.2, 3.3, len(runs) + len(accuracies)) as (_, axes, drawn):
         for axis, (title, log) in zip(axes, runs.items(), strict=False):
             _draw_losses(axis, log)
             axis.set_title(title)
@@ -345,7 +345,7 @@ def loss_curves(
 def cost_by_length(lengths: Sequence[int], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
     """Draw seconds and peak MiB by the number of genes, both axes logarithmic: name -> (seconds, MiB)."""
     colours = ("#c2410c", "#0f4c75", "#5b8db8", "#f59e0b", "#be185d")
-    with _figure(7.2, 3.1, columns=2) as (_, axes, drawn):
+    with new_figure(7.2, 3.1, columns=2) as (_, axes, drawn):
         for axis, part, what in zip(axes, (0, 1), ("seconds, forward + backward", "peak memory, MiB"), strict=True):
             for (name, costs), colour in zip(curves.items(), colours, strict=False):
                 axis.plot(lengths, costs[part], "o-", color=colour, label=name, markersize=4)

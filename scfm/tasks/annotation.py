@@ -1,4 +1,4 @@
-"""Cell-type annotation: a pretrained model, labelled cells, a classifier on the cell embedding."""
+"""Cell-type annotation: a pretrained model, labelled cells, a classifier."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scfm.pretrained import PretrainedModel
+
+# the recipe that a model is fine-tuned by where none is given; every other model by annotation.yaml
+RECIPES = {"scbert": "finetune/scbert-annotation.yaml"}
 
 
 def finetune(recipe: Recipe, resume: str | None = None) -> Path:
@@ -56,7 +59,8 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
     Args:
         model: where to start, loaded from a model directory.
         adata: labelled cells.
-        keys: recipe keys over those of `recipes/finetune/annotation.yaml`; without `out` the run is temporary.
+        keys: recipe keys over those of `recipes/finetune/annotation.yaml` (`scbert-annotation.yaml` for scBERT);
+            without `out` the run is temporary.
     """
     from scfm.pretrained import load
 
@@ -66,7 +70,8 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
             start = Path(folder) / "start"
             save_model(start, model.network, model.files)
         given = {"out": str(Path(folder) / "run"), **keys, "from": str(start)}
-        recipe = read_recipe(bundled("finetune/annotation.yaml"), given, like(model.files))
+        default = RECIPES.get(model.files.model.name, "finetune/annotation.yaml")
+        recipe = read_recipe(bundled(default), given, like(model.files))
         check(recipe)
         store = store_from_anndata(
             adata,

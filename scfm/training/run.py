@@ -181,7 +181,7 @@ def measured_baselines(job: Job, data: CellDataModule) -> dict[str, float]:
     """Return what trivial predictions of the hidden genes of the validation cells score, as names of metrics."""
     names, n_genes = {objective.name for objective in job.objectives}, len(job.store.vocabulary)
     found = mean_value_losses(data, n_genes) if "gep" in names else {}
-    return found | (majority_bin_accuracies(data, n_genes, job.recipe.data.n_bins) if "masked_bin" in names else {})
+    return found | (majority_bin_accuracies(data, job.recipe.data.n_bins) if "masked_bin" in names else {})
 
 
 def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
