@@ -10,7 +10,7 @@ unassigned. Nothing reads the test cells before they are predicted, the choice o
 The seed draws the weights, the masks, the order of the cells and the training cells. Networks with and without
 pretraining start fine-tuning from the same form, on the same cells, with the same recipe.
 
-With --mixers the three mixers are pretrained instead, on the first seed, and nothing is annotated.
+The network has the shape of recipes/pretrain/scbert-small.yaml. With --mixers the three mixers are pretrained instead, on the first seed, and nothing is annotated.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with pretrain/ and annotation/")
     parser.add_argument("--work", type=Path, required=True, help="folder for shards and runs; must not exist")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of pretraining")
+    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of pretraining")
     parser.add_argument("--train", type=int, default=300, help="labelled cells that train")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mixers", action="store_true", help="compare mixers in pretraining, on the first seed")
