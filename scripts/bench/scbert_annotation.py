@@ -10,7 +10,8 @@ unassigned. Nothing reads the test cells before they are predicted, the choice o
 The seed draws the weights, the masks, the order of the cells and the training cells. Networks with and without
 pretraining start fine-tuning from the same form, on the same cells, with the same recipe.
 
-The network has the shape of recipes/pretrain/scbert-small.yaml. With --mixers the three mixers are pretrained instead, on the first seed, and nothing is annotated.
+The network has the shape of recipes/pretrain/scbert-small.yaml. With --mixers the three mixers are pretrained instead,
+on the first seed, and nothing is annotated.
 """
 
 from __future__ import annotations
