@@ -19,11 +19,15 @@ PREFIX = "baseline_accuracy/"
 
 
 class Hidden(NamedTuple):
-    """The hidden genes of a pack: their ids, the most frequent bin that their cell shows (0: none), their own bins."""
+    """The hidden genes of a pack: their ids, the most frequent bin that their cell shows (0: none), their own bins.
+
+    `told` (bool) marks those that show their value to the model all the same.
+    """
 
     genes: NDArray[np.int64]
     shown: NDArray[np.int64]
     bins: NDArray[np.int64]
+    told: NDArray[np.bool_]
 
 
 def majority_bin_accuracies(data: CellDataModule, n_bins: int) -> dict[str, float]:
@@ -32,7 +36,8 @@ def majority_bin_accuracies(data: CellDataModule, n_bins: int) -> dict[str, floa
     `most frequent bin` is that of hidden genes in at most 100 global batches of training cells; `most frequent bin of
     the cell` that of the genes that the cell shows, bin 0 aside (the lowest of several; the former where none is);
     `most frequent bin of the gene` that of each gene in those batches; and `of the gene in such cells` that of each
-    gene in training cells of the same most frequent bin. Where there is nothing to count, the one before decides.
+    gene in training cells of the same most frequent bin. Where there is nothing to count, the one before decides. A
+    hidden gene that shows its value (`data.mask_kept`) is told right, as the model can do too.
 
     Args:
         data: serves the same masked cells that the model is trained and validated on; all hidden genes are expressed.
@@ -40,18 +45,18 @@ def majority_bin_accuracies(data: CellDataModule, n_bins: int) -> dict[str, floa
     """
     counts = np.zeros((data.store.vocabulary.n_genes, n_bins, n_bins), np.int64)  # gene, shown, bin
     training = data.pack_loader(data.train_rows, shuffle=True, rank=0, world_size=1)
-    for hidden in hidden_genes(training, n_bins, TRAINING_BATCHES):
-        np.add.at(counts, hidden, 1)
+    for genes, shown, bins, _ in hidden_genes(training, n_bins, TRAINING_BATCHES):
+        np.add.at(counts, (genes, shown, bins), 1)
     everywhere = int(counts.sum((0, 1))[1:].argmax()) + 1
     by_gene = counts.sum(1)
     of_gene = np.where(by_gene.any(1), by_gene.argmax(1), everywhere)  # (G,)
     in_such = np.where(counts.any(2), counts.argmax(2), of_gene[:, None])  # (G, shown)
     right, n = np.zeros(4), 0
     validation = data.pack_loader(data.valid_rows, shuffle=False, rank=0, world_size=1)
-    for genes, shown, bins in hidden_genes(validation, n_bins, None):
+    for genes, shown, bins, told in hidden_genes(validation, n_bins, None):
         own = np.where(shown > 0, shown, everywhere)
         guesses = (everywhere, own, of_gene[genes], in_such[genes, shown])
-        right += [np.equal(guess, bins).sum() for guess in guesses]
+        right += [np.sum(told | (guess == bins)) for guess in guesses]
         n += len(bins)
     names = ("", " of the cell", " of the gene", " of the gene in such cells")
     shares = (right / max(n, 1)).tolist()
@@ -68,7 +73,8 @@ def hidden_genes(loader: PackLoader, n_bins: int, n_batches: int | None) -> Iter
             of_cell = np.zeros((pack.n_cells, n_bins), np.int64)
             np.add.at(of_cell, (cell[shown], bins[shown]), 1)
             where = pack.predicted.numpy()
-            yield Hidden(pack.genes.long().numpy()[where], of_cell.argmax(1)[cell[where]], bins[where])
+            told = pack.values.numpy()[where] != loader.tokeniser.config.mask_value
+            yield Hidden(pack.genes.long().numpy()[where], of_cell.argmax(1)[cell[where]], bins[where], told)
 
 
 def majority_bins_of(metrics: Sequence[tuple[int, str, float]]) -> dict[str, float]:

@@ -220,19 +220,15 @@ def per_call(action: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of a call, warm: of its kernels on a GPU, else CPU time of this thread."""
 
     def seconds(calls: int) -> float:
-        def repeated() -> None:
-            for _ in range(calls):
-                action()
-
         if device.type == "cuda":
-            return seconds_of(repeated, device)
+            return seconds_of(action, device, calls)
         start = time.thread_time()
-        repeated()
-        return time.thread_time() - start
+        for _ in range(calls):
+            action()
+        return (time.thread_time() - start) / calls
 
     seconds(1)
-    calls = max(1, round(TIMED_SECONDS / max(seconds(1), 1e-6)))
-    return seconds(calls) / calls
+    return seconds(max(1, round(TIMED_SECONDS / max(seconds(1), 1e-6))))
 
 
 def errors_of(

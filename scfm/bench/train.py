@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -16,14 +16,12 @@ import torch
 
 from scfm.bench.cells import synthetic_store
 from scfm.bench.report import at_least_one, device_name, of_rates, of_times, publish, significant
-from scfm.ceiling import product_type
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
-from scfm.model.attention import pick_backend
 from scfm.recipe import Recipe, check
 from scfm.training.launch import build_trainer
 from scfm.training.module import FoundationModule
-from scfm.training.run import Job, modules_of, pretraining_job
+from scfm.training.run import Job, mixing_of, modules_of, pretraining_job
 from scfm.training.rundir import is_main_process
 from scfm.training.throughput import Throughput
 
@@ -161,8 +159,7 @@ def about(job: Job, trainer: L.Trainer, genes: int) -> dict[str, Any]:
     """Return what the figures were measured on: device, settings, shapes."""
     recipe, device = job.recipe, trainer.strategy.root_device
     data, model = recipe.data, recipe.model
-    dtype = product_type(str(trainer.precision))
-    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend)
+    backend, reason = mixing_of(model, device, trainer.precision)
     return {
         "device": device_name(device),
         "devices": trainer.world_size,
@@ -175,8 +172,10 @@ def about(job: Job, trainer: L.Trainer, genes: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in job.network.parameters()),
         "model": {
             name: getattr(model, name)
-            for name in ("width", "heads", "layers", "hidden", "dropout", "norm", "value_encoder", "cell_embedding")
+            for name in ("width", "heads", "layers", "hidden", "dropout", "norm", "value_encoder", "cell_embedding",
+                         "mixer")
         },
+        "performer": asdict(model.performer) if model.name == "scbert" else None,
         "data": {
             name: getattr(data, name)
             for name in ("shards", "max_genes", "cells_per_batch", "tokens_per_pack", "fill_packs", "n_bins",

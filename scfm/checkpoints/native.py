@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -123,7 +123,8 @@ def as_plain(files: ModelFiles) -> dict[str, Any]:
     """Return what config.json, conditions.json and training_data.json say, by these names."""
     config = {
         "format_version": FORMAT_VERSION,
-        "model": asdict(files.model),
+        # the kernels that it was trained with may not run where it is used, or in that precision
+        "model": asdict(replace(files.model, backend="auto")),
         "tokens": asdict(files.tokens),
         "value_kind": files.value_kind,
         "vocabulary_hash": files.vocabulary.hash,

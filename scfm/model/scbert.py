@@ -188,6 +188,8 @@ def check_form(config: ModelConfig, gene_conditions: dict[str, int], heads: list
         for field in fields(ModelConfig)
         if field.name not in READ and getattr(config, field.name) != getattr(ModelConfig(), field.name)
     ]
+    if config.mixer != "favor" and config.performer.mode == "compat":
+        wrong.append(f"model.performer.mode: compat is of the mixer favor; {config.mixer} has no such mode")
     if gene_conditions:
         wrong.append(f"data.gene_conditions: scBERT reads none, here {', '.join(gene_conditions)}")
     wrong += [

@@ -179,8 +179,8 @@ def fit(job: Job, run: RunDirectory) -> Path:
 
 def measured_baselines(job: Job, data: CellDataModule) -> dict[str, float]:
     """Return what trivial predictions of the hidden genes of the validation cells score, as names of metrics."""
-    names = {objective.name for objective in job.objectives}
-    found = mean_value_losses(data, n_genes=len(job.store.vocabulary)) if "gep" in names else {}
+    names, n_genes = {objective.name for objective in job.objectives}, len(job.store.vocabulary)
+    found = mean_value_losses(data, n_genes) if "gep" in names else {}
     return found | (majority_bin_accuracies(data, job.recipe.data.n_bins) if "masked_bin" in names else {})
 
 
@@ -215,24 +215,23 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
     model = job.recipe.model
-    mixing = mixing_of(model, device, trainer.precision)
+    mixing, reason = mixing_of(model, device, trainer.precision)
     return (
         f"{model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
         f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "
-        f"{trainer.world_size} x {device.type}, precision {trainer.precision}; {mixing}"
+        f"{trainer.world_size} x {device.type}, precision {trainer.precision}; attention {mixing} ({reason})"
     )
 
 
-def mixing_of(model: ModelConfig, device: torch.device, precision: str | int) -> str:
-    """Say how the genes of a cell read each other: the mixer, or the attention backend and why that one."""
+def mixing_of(model: ModelConfig, device: torch.device, precision: str | int) -> tuple[str, str]:
+    """Return what lets the genes of a cell read each other, an attention backend or scBERT's mixer, and why or how."""
     form = model.performer
-    if model.name == "scbert" and model.mixer != "softmax":
-        kind = f"favor ({form.mode}, kernel {form.kernel})" if model.mixer == "favor" else model.mixer
-        return f"mixer {kind}, {model.heads} heads of {form.head_width}"
     head_width = form.head_width if model.name == "scbert" else model.width // model.heads
+    if model.name == "scbert" and model.mixer != "softmax":
+        features = f"{form.mode}, kernel {form.kernel}, " if model.mixer == "favor" else ""
+        return model.mixer, f"{features}{model.heads} heads of {head_width}"
     dtype = product_type(str(precision))
-    backend, reason = pick_backend(device, dtype, head_width, model.backend, model.attention_dropout)
-    return f"attention {backend} ({reason})"
+    return pick_backend(device, dtype, head_width, model.backend, model.attention_dropout)
 
 
 def token_config(recipe: Recipe) -> TokenConfig:

@@ -113,7 +113,7 @@ def test_scbert_small_pretrains_from_the_same_shards_and_embeds(tmp_path: Path) 
         "--out", tmp_path / "run", "--data.n_bins", 13, "--data.mask_value", 13, "--trainer.accelerator", "cpu",
         "--trainer.log_every_n_steps", 3, "--model.performer.redraw_every", 5,
     )  # fmt: skip
-    assert "mixer favor (correct, kernel exp), 4 heads of 16" in log
+    assert "attention favor (correct, kernel exp, 4 heads of 16)" in log
     metrics = {name: value for _, name, value in read_metrics(tmp_path / "run/metrics.csv")}
     for name in ("valid/masked_bin_accuracy", "baseline_accuracy/most frequent bin"):
         assert 0 < metrics[name] < 1

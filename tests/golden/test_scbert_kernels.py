@@ -82,29 +82,6 @@ def test_directions_have_the_originals_lengths(kernel: dict[str, Tensor]) -> Non
     assert abs(float(lengths.square().std()) - (2 * D) ** 0.5) < 0.5
 
 
-def test_a_cell_depends_on_its_batch_mates_as_in_the_original(shared: Path) -> None:
-    """The stored case at its first operator: the same keys, in one pack and one by one."""
-    case = shared / "golden/scbert/batch_dependence"
-    stored, state = load_file(case / "tensors.safetensors"), load_file(case / "state_dict.safetensors")
-    ids = stored["input_ids"]
-    x = (state["token_emb.weight"][ids] + state["pos_emb.emb.weight"][: ids.shape[1]]).float()
-    layer = "performer.net.layers.0.0."
-    x = torch.nn.functional.layer_norm(x, x.shape[-1:], state[layer + "norm.weight"], state[layer + "norm.bias"])
-    qkv = torch.stack([x @ state[f"{layer}fn.to_{name}.weight"].t() for name in "qkv"], 2)  # (B, N, 3, H d)
-    qkv = qkv.unflatten(-1, (4, D)).flatten(0, 1)
-    projection = state[layer + "fn.fast_attention.projection_matrix"]
-    n_cells, n_genes = ids.shape
-
-    def apart(mode: Any) -> float:
-        mixer = favor_of(projection, mode=mode)
-        together = mixer(qkv, segments_of([n_genes] * n_cells))
-        alone = torch.cat([mixer(cell, segments_of([n_genes])) for cell in qkv.split(n_genes)])
-        return float((together - alone).abs().max())
-
-    assert apart("compat") > 1e-3
-    assert apart("correct") < 1e-5
-
-
 # (width of a head, standard deviation of queries and keys) of the stored cases with Gaussian ones
 GAUSSIAN = {
     "d=64 init (q,k std 0.577; logit std 0.33)": (64, 0.577),

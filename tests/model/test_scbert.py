@@ -258,6 +258,8 @@ def test_settings_of_scgpt_are_refused(options: dict[str, Any], message: str) ->
 
 
 def test_heads_and_conditions_that_scbert_lacks_are_refused() -> None:
+    with pytest.raises(ScfmError, match=r"model\.performer\.mode: compat is of the mixer favor; linear has no"):
+        small_model(options={"mixer": "linear"}, mode="compat")
     with pytest.raises(ScfmError, match="objectives: gep needs a head of scGPT"):
         small_model([HeadSpec("gep", "gep")])
     config = small_model().backbone.config

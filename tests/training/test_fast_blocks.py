@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import varlen_on_cpu  # noqa: F401, gives the varlen operators a CPU kernel
 from packs import N_BINS, N_GENES, PAD, bin_pack, random_pack
 from runs import tiny_recipe, write_shards
 from scbert_runs import SCBERT, scbert_recipe
 from torch import Tensor, nn
 
+import scfm.model.scgpt as scgpt
 from scfm.checkpoints.native import read_weights
 from scfm.model import ScBERT, ScGPT
 from scfm.model.heads import HeadSpec
@@ -70,11 +72,14 @@ def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("attention", ["generative", "full"])
+@pytest.mark.parametrize("backend", ["flash", "flash_cpu", "dense"])
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_no_pack_compiles_a_block_again() -> None:
-    """Neither another number of tokens nor of cells, nor another mask."""
+def test_no_pack_compiles_a_block_again(backend: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another number of tokens nor of cells, nor another mask; `flash` around a stand-in kernel."""
+    monkeypatch.setattr(scgpt, "pick_backend", lambda *_: (backend, "asked for"))
     torch._dynamo.reset()
-    network, plain = small_network(), small_network()
+    network, plain = (small_network(attention=attention) for _ in range(2))
     set_up_blocks(network, TrainerConfig(compile=True))
     for lengths, known in (([5, 9, 6], [3, 1, 6]), ([4, 8, 2, 6, 3], [2, 2, 1, 3, 3]), ([10, 3], [5, 2])):
         pack = random_pack(lengths, known)
@@ -130,9 +135,9 @@ def test_no_pack_compiles_a_block_of_scbert_again(mixer: str, form: dict[str, An
         outputs[0].predictions["masked_bin"].sum().backward()
 
 
-def small_network(layers: int = 2) -> ScGPT:
+def small_network(layers: int = 2, **options: Any) -> ScGPT:
     torch.manual_seed(0)
-    config = ModelConfig(width=16, heads=2, layers=layers, hidden=16, dropout=0.0)
+    config = ModelConfig(width=16, heads=2, layers=layers, hidden=16, dropout=0.0, **options)
     return ScGPT(config, N_GENES + 2, PAD, N_BINS, {}, {}, [HeadSpec("gep", "gep")])
 
 

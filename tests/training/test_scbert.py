@@ -87,32 +87,9 @@ def test_a_run_learns_and_shows_its_baselines(shards: Path, tmp_path: Path) -> N
     assert guess in (folder / "README.md").read_text()
     assert "The accuracy of masked bins" in (folder / "README.md").read_text()
     log = (tmp_path / "run/log.txt").read_text()
-    assert "mixer favor (correct, kernel exp), 2 heads of 8" in log
+    assert "attention favor (correct, kernel exp, 2 heads of 8)" in log
     assert "baseline_accuracy/most frequent bin of the cell" in log
     assert (tmp_path / "run/plots/losses.png").stat().st_size > 5000
-
-
-def test_majority_bins_against_a_plain_computation(shards: Path, tmp_path: Path) -> None:
-    recipe = scbert_recipe(shards, tmp_path / "run", data={"values": "binned"})
-    _, data = modules_of(pretraining_job(recipe, open_shards(shards), shuffled=True))
-    hidden: list[int] = []
-    for packs in data.pack_loader(data.train_rows, shuffle=True, rank=0, world_size=1).batches(0):
-        hidden += [int(pack.targets[i]) for pack in packs for i in pack.predicted]
-    everywhere = max(range(1, 13), key=hidden.count)
-    right, total = [0, 0], 0
-    for packs in data.pack_loader(data.valid_rows, shuffle=False, rank=0, world_size=1).batches(0):
-        for pack in packs:
-            for cell in range(pack.n_cells):
-                start, stop = pack.cu_seqlens[cell : cell + 2].tolist()
-                known = start + int(pack.n_known[cell])
-                shown = [int(b) for b in pack.values[start:known] if b > 0]
-                own = max(range(1, 13), key=shown.count) if shown else everywhere
-                truth = [int(b) for b in pack.targets[known:stop]]
-                right = [right[0] + truth.count(everywhere), right[1] + truth.count(own)]
-                total += len(truth)
-    found = majority_bin_accuracies(data, 13)
-    assert list(found.values()) == pytest.approx([share / total for share in right])
-    assert min(found.values()) > 0
 
 
 def test_the_model_embeds_and_neither_labels_nor_generates(shards: Path, tmp_path: Path) -> None:
@@ -294,3 +271,4 @@ def test_the_model_directory_says_what_it_is(shards: Path, tmp_path: Path) -> No
     assert files.tokens.values == "log2"
     assert [(head.task, head.kind, head.n_out) for head in files.heads] == [("masked_bin", "bins", 14)]
     assert "log2(1 + expression per 10,000) rounded down, at most 12, embedding of bins" in files.card
+    assert "| mixer | favor, correct, kernel exp, heads of width 8 |" in files.card
