@@ -161,6 +161,7 @@ def test_the_checksum_of_a_stored_archive_says_nothing_of_the_text_that_comes(
         (b"no gzip", None, "cannot be read as a gzipped GTF"),
         (gzip.compress(b"chr1\tx\ty\n"), None, "holds no Ensembl id"),
     ],
+    ids=["another MD5", "cut off", "no gzip", "no genes"],
 )
 def test_a_damaged_annotation_is_refused(
     script: ModuleType, server: Server, tmp_path: Path, content: bytes, md5: str | None, complaint: str
