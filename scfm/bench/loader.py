@@ -14,7 +14,7 @@ from scfm.bench.cells import synthetic_block, synthetic_vocabulary
 from scfm.bench.report import at_least_one, device_name, of_rates, publish
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
-from scfm.data.shards import ShardWriter, open_shards
+from scfm.data.shards import Codec, ShardWriter, open_shards
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.recipe import TiePolicy
@@ -35,6 +35,7 @@ def loader(
     tokens_per_pack: int = 65536,
     threads: int = 1,
     epochs: int = 3,
+    codec: Codec = "packed",
     out: str | None = None,
 ) -> None:
     """Measure how fast synthetic cells on disk become packed training batches; the defaults are scGPT's sizes.
@@ -49,21 +50,29 @@ def loader(
         tokens_per_pack: Most tokens in a pack.
         threads: Threads that prepare batches.
         epochs: Timed passes over the cells, after one that warms up.
+        codec: Codec of the shards.
         out: File that also receives the JSON.
     """
     at_least_one(cells=cells, genes=genes, threads=threads, epochs=epochs)
     tokens = TokenConfig(max_genes=max_genes, n_bins=n_bins, tie_policy=tie_policy)
-    result = bench_loader(cells, genes, tokens, cells_per_batch, tokens_per_pack, threads, epochs)
+    result = bench_loader(cells, genes, tokens, cells_per_batch, tokens_per_pack, threads, epochs, codec)
     line = (
         f"loader: {result['cells_per_second']['median']:,.0f} cells/s "
         f"({result['cells_per_cpu_second']['median']:,.0f} per CPU second) of {result['tokens_per_cell']} tokens, "
-        f"threads: {threads}; filled packs are {result['empty_when_filled']:.2%} empty"
+        f"{codec} codec, threads: {threads}; filled packs are {result['empty_when_filled']:.2%} empty"
     )
     publish("loader", result, line, out)
 
 
 def bench_loader(
-    cells: int, genes: int, tokens: TokenConfig, cells_per_batch: int, tokens_per_pack: int, threads: int, epochs: int
+    cells: int,
+    genes: int,
+    tokens: TokenConfig,
+    cells_per_batch: int,
+    tokens_per_pack: int,
+    threads: int,
+    epochs: int,
+    codec: Codec,
 ) -> dict[str, Any]:
     """Return cells per second, by the wall and per second of CPU time of the whole process, best and median epoch.
 
@@ -71,7 +80,7 @@ def bench_loader(
     three mask ratios apply unless `tokens` says otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="scfm-bench-") as folder:
-        mean_genes = _write_shards(Path(folder), cells, genes)
+        mean_genes = _write_shards(Path(folder), cells, genes, codec)
         store = open_shards(folder)
         tokeniser = Tokeniser(tokens, store.vocabulary, store.value_kind)
         order = CellOrder(range(store.n_cells), cells_per_batch, seed=0)
@@ -101,6 +110,7 @@ def bench_loader(
         "cells_per_batch": cells_per_batch,
         "tokens_per_pack": tokens_per_pack,
         "threads": threads,
+        "codec": codec,
         "epochs": epochs,
     }
 
@@ -112,10 +122,10 @@ def empty_when_filled(store: CellStore, order: CellOrder, tokeniser: Tokeniser, 
     return round(1 - sum(pack.sizes.tokens for pack in packs) / sum(pack.n_tokens for pack in packs), 5)
 
 
-def _write_shards(folder: Path, cells: int, genes: int) -> float:
+def _write_shards(folder: Path, cells: int, genes: int, codec: Codec) -> float:
     """Write synthetic shards and return the mean number of expressed genes."""
     generator = np.random.default_rng(0)
-    writer = ShardWriter(folder, synthetic_vocabulary(VOCABULARY_SIZE), "counts")
+    writer = ShardWriter(folder, synthetic_vocabulary(VOCABULARY_SIZE), "counts", codec=codec)
     written = 0
     for first in range(0, cells, CELLS_PER_SHARD):
         block = synthetic_block(generator, min(CELLS_PER_SHARD, cells - first), genes, VOCABULARY_SIZE)

@@ -5,7 +5,8 @@
     cells.hash       sorted hashes of all profiles
     shards/*.arrow   one Arrow stream with one record batch each; `datasets.Dataset.from_file` reads them too
 
-A row of a shard is a cell: `genes` (list of ids, ascending), `values` (list), and one integer code per obs column.
+A row of a shard is a cell: in the list codec `genes` (list of ids, ascending) and `values` (list); in the packed one
+`cell` (bytes, as scfm.data.packed says) and `n_genes`; in both one integer code per obs column.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +25,22 @@ from numpy.typing import NDArray
 
 from scfm.data.expression import narrowest
 from scfm.data.hashing import profile_hashes, save_hashes
-from scfm.data.store import CellBlock, CellStore, ObsColumn, ValueKind
+from scfm.data.packed import PackedBlock, pack
+from scfm.data.store import Block, CellBlock, CellStore, ManyCodes, ObsColumn, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.version import __version__
 
 FORMAT_VERSION = 1
-RESERVED_COLUMNS = ("genes", "values")
-MAX_TOKENS_PER_SHARD = 2**31 - 1  # Arrow's list offsets are int32
+Codec = Literal["list", "packed"]
+COLUMNS: dict[Codec, tuple[str, str]] = {"list": ("genes", "values"), "packed": ("cell", "n_genes")}
+RESERVED_COLUMNS = COLUMNS["list"] + COLUMNS["packed"]
+MOST_PER_SHARD = 2**31 - 1  # Arrow's offsets are int32
+
+
+def default_codec(value_kind: ValueKind) -> Codec:
+    """Return the codec of cells for which none is asked: packed, but for normalised values, which it cannot hold."""
+    return "packed" if value_kind == "counts" else "list"
 
 
 @dataclass
@@ -43,16 +52,20 @@ class ShardWriter:
         vocabulary: what the gene ids mean.
         value_kind: counts, or normalised (float32).
         obs: category names of each obs column.
+        codec: how cells are encoded; normalised values have no packed form.
     """
 
     directory: Path
     vocabulary: Vocabulary
     value_kind: ValueKind
     obs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    codec: Codec = "list"
     _shards: list[dict[str, Any]] = field(default_factory=list, init=False)
     _hashes: list[NDArray[np.uint64]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        if self.codec == "packed" and self.value_kind == "normalised":
+            raise ScfmError("--codec packed: it holds counts, and these cells have normalised values; use --codec list")
         (self.directory / "shards").mkdir()
 
     def write(self, block: CellBlock, codes: Mapping[str, NDArray[np.integer]]) -> None:
@@ -62,17 +75,9 @@ class ShardWriter:
             block: the cells; genes ascending within a cell, no zeros; float32 values where the store is normalised.
             codes: (n,) codes of each obs column, -1 for missing.
         """
-        if len(block.genes) > MAX_TOKENS_PER_SHARD:
-            raise ScfmError(
-                f"a shard of {block.n_cells:,} cells holds {len(block.genes):,} values, more than Arrow's "
-                f"{MAX_TOKENS_PER_SHARD:,}; use fewer cells per shard"
-            )
-        offsets = pa.array(block.offsets.astype(np.int32))
         genes, values = narrowest(block.genes), narrowest(block.values)
-        columns = {
-            "genes": pa.ListArray.from_arrays(offsets, pa.array(genes)),
-            "values": pa.ListArray.from_arrays(offsets, pa.array(values)),
-        }
+        narrow = CellBlock(block.offsets, genes, values)
+        columns = _packed_columns(narrow) if self.codec == "packed" else _list_columns(narrow)
         for name, categories in self.obs.items():
             columns[name] = pa.array(codes[name].astype(np.int16 if len(categories) <= 2**15 else np.int32))
         batch = pa.record_batch(columns)
@@ -102,7 +107,7 @@ class ShardWriter:
             "scfm_version": __version__,
             "vocabulary_hash": self.vocabulary.hash,
             "value_kind": self.value_kind,
-            "codec": "list",
+            "codec": self.codec,
             "cells": sum(shard["cells"] for shard in self._shards),
             "tokens": sum(shard["tokens"] for shard in self._shards),
             **how,
@@ -113,6 +118,30 @@ class ShardWriter:
         written = self.directory / "manifest.json.tmp"
         written.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(written, self.directory / "manifest.json")
+
+
+def _list_columns(block: CellBlock) -> dict[str, pa.Array]:
+    offsets = _arrow_offsets(block.offsets, "values")
+    return {
+        "genes": pa.ListArray.from_arrays(offsets, pa.array(block.genes)),
+        "values": pa.ListArray.from_arrays(offsets, pa.array(block.values)),
+    }
+
+
+def _packed_columns(block: CellBlock) -> dict[str, pa.Array]:
+    starts, data = pack(block)
+    offsets = _arrow_offsets(starts, "bytes")
+    cells = pa.Array.from_buffers(pa.binary(), block.n_cells, [None, offsets.buffers()[1], pa.py_buffer(data)])
+    return {"cell": cells, "n_genes": pa.array(np.diff(block.offsets).astype(np.int32))}
+
+
+def _arrow_offsets(offsets: NDArray[np.integer], what: str) -> pa.Array:
+    if offsets[-1] > MOST_PER_SHARD:
+        raise ScfmError(
+            f"a shard of {len(offsets) - 1:,} cells holds {offsets[-1]:,} {what}, more than Arrow's "
+            f"{MOST_PER_SHARD:,}; use fewer cells per shard"
+        )
+    return pa.array(offsets.astype(np.int32))
 
 
 def _sha256(path: Path) -> str:
@@ -132,16 +161,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScfmError(f"{path}: not JSON ({error}); build the shards again") from error
     found = (manifest.get("format_version"), manifest.get("codec")) if isinstance(manifest, dict) else (None, None)
-    if found != (FORMAT_VERSION, "list"):
+    if found[0] != FORMAT_VERSION or found[1] not in COLUMNS:
         raise ScfmError(
             f"{path}: shard format {found[0]!r} with codec {found[1]!r}; "
-            f"this scfm reads format {FORMAT_VERSION} with codec 'list'"
+            f"this scfm reads format {FORMAT_VERSION} with codec {' or '.join(COLUMNS)}"
         )
     return manifest
 
 
 def open_shards(directory: str | Path) -> CellStore:
-    """Memory-map a shard directory; nothing but the obs codes is read.
+    """Memory-map a shard directory; no cell is read, and no obs code.
 
     Raises ScfmError naming the file where the manifest, the vocabulary or a shard is missing, cut off or does not
     belong to the others.
@@ -151,13 +180,20 @@ def open_shards(directory: str | Path) -> CellStore:
     vocabulary = Vocabulary.load(directory / "vocab.json")
     if vocabulary.hash != manifest["vocabulary_hash"]:
         raise ScfmError(f"{directory / 'vocab.json'}: not the vocabulary that these shards were written with")
-    batches = [_map_shard(directory, shard, list(manifest["obs"])) for shard in manifest["shards"]]
-    codes = {name: [_as_numpy(batch.column(name)) for batch in batches] for name in manifest["obs"]}
+    shards = manifest["shards"]
+    columns = [*COLUMNS[manifest["codec"]], *manifest["obs"]]
+    batches = [_map_shard(directory, shard, columns) for shard in shards]
     return CellStore(
         vocabulary=vocabulary,
         value_kind=manifest["value_kind"],
-        blocks=[_block(batch) for batch in batches],
-        obs={name: ObsColumn(np.concatenate(codes[name]), manifest["obs"][name]) for name in manifest["obs"]},
+        blocks=[
+            _block(batch, shard, str(directory / shard["file"]), vocabulary.n_genes)
+            for batch, shard in zip(batches, shards, strict=True)
+        ],
+        obs={
+            name: ObsColumn(ManyCodes([_as_numpy(batch.column(name)) for batch in batches]), categories)
+            for name, categories in manifest["obs"].items()
+        },
     )
 
 
@@ -178,7 +214,7 @@ def verify_shards(directory: str | Path) -> int:
     return len(shards)
 
 
-def _map_shard(directory: Path, shard: Mapping[str, Any], obs: list[str]) -> pa.RecordBatch:
+def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) -> pa.RecordBatch:
     path = directory / shard["file"]
     if not path.is_file():
         raise ScfmError(f"{path}: the shard is missing; copy the directory again, or build the shards again")
@@ -191,17 +227,28 @@ def _map_shard(directory: Path, shard: Mapping[str, Any], obs: list[str]) -> pa.
         batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
     except (pa.ArrowException, StopIteration, OSError) as error:
         raise ScfmError(f"{path}: not a readable Arrow stream ({error})") from error
-    if batch.schema.names != [*RESERVED_COLUMNS, *obs] or batch.num_rows != shard["cells"]:
+    if batch.schema.names != columns or batch.num_rows != shard["cells"]:
         raise ScfmError(
             f"{path}: holds {batch.num_rows:,} cells with columns {batch.schema.names}, but the manifest says "
-            f"{shard['cells']:,} cells with {[*RESERVED_COLUMNS, *obs]}; the shard belongs to another build"
+            f"{shard['cells']:,} cells with {columns}; the shard belongs to another build"
         )
     return batch
 
 
-def _block(batch: pa.RecordBatch) -> CellBlock:
-    genes, values = batch.column("genes"), batch.column("values")
-    return CellBlock(_as_numpy(genes.offsets), _as_numpy(genes.values), _as_numpy(values.values))
+def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: int) -> Block:
+    if "cell" not in batch.schema.names:
+        genes, values = batch.column("genes"), batch.column("values")
+        return CellBlock(_as_numpy(genes.offsets), _as_numpy(genes.values), _as_numpy(values.values))
+    _, starts, data = batch.column("cell").buffers()
+    return PackedBlock(
+        starts=np.frombuffer(starts, np.int32, batch.num_rows + 1),
+        sizes=_as_numpy(batch.column("n_genes")),
+        data=np.frombuffer(data, np.uint8),
+        genes=np.dtype(shard["genes"]),
+        values=np.dtype(shard["values"]),
+        n_genes=n_genes,
+        name_of=lambda place: f"{name}: cell {place:,}",
+    )
 
 
 def _as_numpy(array: pa.Array) -> NDArray:

@@ -5,9 +5,10 @@ Shards on disk and an AnnData in memory both become a `CellStore`; everything do
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,12 @@ from scfm.data.vocabulary import Vocabulary
 
 ValueKind = Literal["counts", "normalised"]
 
+PART = 4096  # cells decoded at a time where all are read in turn
+
 
 @dataclass(frozen=True)
 class CellBlock:
-    """Rows stored together, as in a CSR matrix whose columns are vocabulary ids.
+    """Rows side by side, as in a CSR matrix whose columns are vocabulary ids: what all cells come to when they are read.
 
     Attributes:
         offsets: (n + 1,) int32 or int64 start of each row in `genes` and `values`.
@@ -35,13 +38,81 @@ class CellBlock:
     def n_cells(self) -> int:
         return len(self.offsets) - 1
 
+    def lengths(self, places: NDArray[np.int64]) -> NDArray[np.int32]:
+        return (self.offsets[places + 1] - self.offsets[places]).astype(np.int32, copy=False)
+
+    def gather(self, places: NDArray[np.int64]) -> tuple[CellBlock, NDArray[np.int64]]:
+        return self, places
+
+    def between(self, first: int, last: int) -> CellBlock:
+        """Return rows `first` to `last - 1`; nothing but their offsets is copied."""
+        offsets = self.offsets[first : last + 1]
+        inside = slice(offsets[0], offsets[-1])
+        return CellBlock(offsets - offsets[0], self.genes[inside], self.values[inside])
+
+
+class Block(Protocol):
+    """Rows stored together, in any codec."""
+
+    @property
+    def n_cells(self) -> int: ...
+
+    def lengths(self, places: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the number of non-zero genes of the rows at some places, (n,)."""
+
+    def gather(self, places: NDArray[np.int64]) -> tuple[CellBlock, NDArray[np.int64]]:
+        """Return a block that holds the rows at some places, (n,), and their places in it."""
+
+
+class Codes(Protocol):
+    """(N,) integer codes, which may lie in many files; what of numpy's arrays their readers need."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.integer]: ...
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray: ...
+
 
 @dataclass(frozen=True)
 class ObsColumn:
     """A categorical obs column: (N,) integer codes (-1 for missing) and the category names."""
 
-    codes: NDArray[np.integer]
+    codes: Codes
     categories: list[str]
+
+
+@dataclass(frozen=True)
+class ManyCodes:
+    """Codes that lie in several arrays, one after the other, and are read where they are asked for."""
+
+    arrays: Sequence[NDArray[np.integer]]
+
+    @cached_property
+    def _first_rows(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(array) for array in self.arrays)], dtype=np.int64)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(np.int16, *{array.dtype for array in self.arrays})
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.integer]:
+        rows = np.asarray(rows)
+        found = np.empty(len(rows), self.dtype)
+        array_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for a in np.unique(array_of):
+            here = array_of == a
+            found[here] = self.arrays[a][rows[here] - self._first_rows[a]]
+        return found
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray:
+        return np.concatenate([np.empty(0, np.int16), *self.arrays]).astype(dtype or self.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +129,7 @@ class CellStore:
 
     vocabulary: Vocabulary
     value_kind: ValueKind
-    blocks: list[CellBlock]
+    blocks: Sequence[Block]
     obs: dict[str, ObsColumn] = field(default_factory=dict)
     cell_names: NDArray[np.object_] | None = None
 
@@ -79,8 +150,27 @@ class CellStore:
     def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """Return the number of non-zero genes of each row."""
         counts = np.empty(len(rows), np.int32)
-        block_of, place = self.locate(rows)
-        for b in np.unique(block_of):
-            at, offsets = block_of == b, self.blocks[b].offsets
-            counts[at] = offsets[place[at] + 1] - offsets[place[at]]
+        for b, cells, places in self._by_block(rows):
+            counts[cells] = self.blocks[b].lengths(places)
         return counts
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield blocks that together hold the rows, which of the rows each holds, and their places in it."""
+        for b, cells, places in self._by_block(rows):
+            block, inside = self.blocks[b].gather(places)
+            yield block, cells, inside
+
+    def in_turn(self) -> Iterator[CellBlock]:
+        """Yield all rows in their order, a few thousand at a time."""
+        for block in self.blocks:
+            for first in range(0, block.n_cells, PART):
+                places = np.arange(first, min(first + PART, block.n_cells))
+                part, inside = block.gather(places)
+                yield part.between(int(inside[0]), int(inside[-1]) + 1)
+
+    def _by_block(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        block_of, places = self.locate(rows)
+        order = np.argsort(block_of, kind="stable")
+        ends = np.flatnonzero(np.diff(block_of[order])) + 1
+        for cells in np.split(order, ends) if len(rows) else []:
+            yield int(block_of[cells[0]]), cells, places[cells]

@@ -6,7 +6,7 @@ on the number of threads or processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,7 +127,7 @@ class Tokeniser:
         choice_streams = _streams(keys, config.seed, epoch, CHOICE)
         specials = (self.vocabulary.cls, config.cls_value, config.mask_value)
         every_gene = np.arange(self.vocabulary.n_genes if config.genes == "all" else 0)
-        for block, cells, places in _by_block(store, rows):
+        for block, cells, places in store.parts(rows):
             sizes = block.offsets[places + 1] - block.offsets[places]
             plans = (starts[cells], lengths[cells], n_unknown[cells], choice_streams[cells])
             if config.values == "raw":
@@ -156,17 +156,6 @@ class Tokeniser:
     def conditions_of(self, genes: NDArray[np.int32]) -> dict[str, NDArray[np.int64]]:
         """Return name -> (T,) condition index of each token."""
         return {name: table[genes] for name, table in self.gene_conditions.items()}
-
-
-def _by_block(
-    store: CellStore, rows: NDArray[np.int64]
-) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield each block that holds some of the rows, which of the rows it holds, and their places in it."""
-    block_of, places = store.locate(rows)
-    order = np.argsort(block_of, kind="stable")
-    ends = np.flatnonzero(np.diff(block_of[order])) + 1
-    for cells in np.split(order, ends) if len(rows) else []:
-        yield store.blocks[block_of[cells[0]]], cells, places[cells]
 
 
 @njit(nogil=True, cache=True)

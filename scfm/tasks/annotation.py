@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights, save_model
-from scfm.data.hashing import profile_hashes
+from scfm.data.hashing import store_hashes
 from scfm.data.shards import open_shards, read_manifest
 from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
@@ -172,7 +172,6 @@ def split_rows(
 
 def all_hashes(store: CellStore, rows: NDArray[np.int64], files: ModelFiles) -> NDArray[np.uint64]:
     """Return the sorted hashes of the cells used here and of those that the model had seen before."""
-    keys = files.vocabulary.gene_keys
-    hashes = np.concatenate([profile_hashes(b.offsets, b.genes, b.values, keys) for b in store.blocks])[rows]
+    hashes = store_hashes(store)[rows]
     before = hashes[:0] if files.cell_hashes is None else files.cell_hashes
     return np.sort(np.concatenate([hashes, before]))
