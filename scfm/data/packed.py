@@ -148,6 +148,14 @@ def _take(cell: NDArray[np.uint8], tail: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
+def _largest(numbers: NDArray[np.uint8]) -> np.uint8:
+    largest = np.uint8(0)
+    for number in numbers:
+        largest = max(largest, number)
+    return largest
+
+
+@njit(nogil=True, cache=True)
 def _decode(
     starts: NDArray[np.integer],
     data: NDArray[np.uint8],
@@ -159,24 +167,22 @@ def _decode(
 ) -> int:
     """Decode cell places[i] to offsets[i] on; return the first i whose bytes are no cell, or -1.
 
-    A cell is first searched for bytes that stand for larger numbers, in a loop that vectorises: few cells have any, and
-    the loops for the others then need no branch.
+    Whether any gap is larger than a byte is asked first, in a loop that vectorises, and so is the one that copies all
+    counts: few cells have large gaps, and the loop for the others then needs no branch.
     """
     for i in range(len(places)):
         first, last = int(starts[places[i]]), int(starts[places[i] + 1])
         n = offsets[i + 1] - offsets[i]
-        if not (0 <= first and first + 2 * n <= last and last <= len(data)):
+        if not (first >= 0 and first + 2 * n <= last and last <= len(data)):
             return i
         cell = data[first:last]
         gaps, less, tail = cell[:n], cell[n : 2 * n], 2 * n
         ids, counts = genes[offsets[i] : offsets[i + 1]], values[offsets[i] : offsets[i + 1]]
         gene = -1
-        if last - first == 2 * n:
+        if _largest(gaps) < BYTE:
             for t in range(n):
                 gene += int(gaps[t]) + 1
                 ids[t] = gene
-            for t in range(n):
-                counts[t] = int(less[t]) + 1
         else:
             for t in range(n):
                 gap = int(gaps[t])
@@ -184,8 +190,9 @@ def _decode(
                     gap, tail = _take(cell, tail)
                 gene += gap + 1
                 ids[t] = gene
-            for t in range(n):
-                counts[t] = int(less[t]) + 1
+        for t in range(n):
+            counts[t] = int(less[t]) + 1
+        if tail < len(cell):
             for t in range(n):
                 if less[t] == BYTE:
                     number, tail = _take(cell, tail)

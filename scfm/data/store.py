@@ -22,7 +22,7 @@ PART = 4096  # cells decoded at a time where all are read in turn
 
 @dataclass(frozen=True)
 class CellBlock:
-    """Rows side by side, as in a CSR matrix whose columns are vocabulary ids: what all cells come to when they are read.
+    """Rows as in a CSR matrix whose columns are vocabulary ids: the form in which cells of any codec are read.
 
     Attributes:
         offsets: (n + 1,) int32 or int64 start of each row in `genes` and `values`.
@@ -64,27 +64,6 @@ class Block(Protocol):
         """Return a block that holds the rows at some places, (n,), and their places in it."""
 
 
-class Codes(Protocol):
-    """(N,) integer codes, which may lie in many files; what of numpy's arrays their readers need."""
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.integer]: ...
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray: ...
-
-
-@dataclass(frozen=True)
-class ObsColumn:
-    """A categorical obs column: (N,) integer codes (-1 for missing) and the category names."""
-
-    codes: Codes
-    categories: list[str]
-
-
 @dataclass(frozen=True)
 class ManyCodes:
     """Codes that lie in several arrays, one after the other, and are read where they are asked for."""
@@ -113,6 +92,14 @@ class ManyCodes:
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray:
         return np.concatenate([np.empty(0, np.int16), *self.arrays]).astype(dtype or self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class ObsColumn:
+    """A categorical obs column: (N,) integer codes (-1 for missing) and the category names."""
+
+    codes: NDArray[np.integer] | ManyCodes
+    categories: list[str]
 
 
 @dataclass(frozen=True)
