@@ -42,6 +42,8 @@ class DataConfig:
         gene_conditions: Per-gene conditions: {name: TSV file with the columns `gene` and `condition`}.
         threads: Threads that prepare batches ahead of the step.
         prefetch: Global batches prepared ahead.
+        read: How shards are read: `map` into memory, `read` whole runs of cells into buffers, or `auto`: a map if they
+            take at most half of the machine's memory.
     """
 
     shards: str | None = None
@@ -62,6 +64,7 @@ class DataConfig:
     gene_conditions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     prefetch: int = 4
+    read: Literal["auto", "map", "read"] = "auto"
 
 
 @dataclass

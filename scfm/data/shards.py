@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scfm.data.expression import narrowest
 from scfm.data.hashing import profile_hashes, save_hashes
 from scfm.data.packed import PackedBlock, pack
-from scfm.data.store import Block, CellBlock, CellStore, ManyCodes, ObsColumn, ValueKind
+from scfm.data.store import Block, CellBlock, CellStore, InFile, ManyCodes, ObsColumn, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.version import __version__
@@ -182,18 +182,22 @@ def open_shards(directory: str | Path) -> CellStore:
         raise ScfmError(f"{directory / 'vocab.json'}: not the vocabulary that these shards were written with")
     shards = manifest["shards"]
     columns = [*COLUMNS[manifest["codec"]], *manifest["obs"]]
-    batches = [_map_shard(directory, shard, columns) for shard in shards]
+    mapped = [_map_shard(directory, shard, columns) for shard in shards]
+    blocks, files = [], []
+    for shard, (batch, address) in zip(shards, mapped, strict=True):
+        path = directory / shard["file"]
+        block, addresses = _block(batch, shard, str(path), vocabulary.n_genes)
+        blocks.append(block)
+        files.append(InFile(path, shard["bytes"], tuple(start - address for start in addresses)))
     return CellStore(
         vocabulary=vocabulary,
         value_kind=manifest["value_kind"],
-        blocks=[
-            _block(batch, shard, str(directory / shard["file"]), vocabulary.n_genes)
-            for batch, shard in zip(batches, shards, strict=True)
-        ],
+        blocks=blocks,
         obs={
-            name: ObsColumn(ManyCodes([_as_numpy(batch.column(name)) for batch in batches]), categories)
+            name: ObsColumn(ManyCodes([_as_numpy(batch.column(name)) for batch, _ in mapped]), categories)
             for name, categories in manifest["obs"].items()
         },
+        files=files,
     )
 
 
@@ -214,7 +218,8 @@ def verify_shards(directory: str | Path) -> int:
     return len(shards)
 
 
-def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) -> pa.RecordBatch:
+def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) -> tuple[pa.RecordBatch, int]:
+    """Return the cells of a shard, and the address at which its first byte is mapped."""
     path = directory / shard["file"]
     if not path.is_file():
         raise ScfmError(f"{path}: the shard is missing; copy the directory again, or build the shards again")
@@ -224,7 +229,8 @@ def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) ->
             "or belongs to another build"
         )
     try:
-        batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
+        mapped = pa.memory_map(str(path)).read_buffer()
+        batch = pa.ipc.open_stream(mapped).read_next_batch()
     except (pa.ArrowException, StopIteration, OSError) as error:
         raise ScfmError(f"{path}: not a readable Arrow stream ({error})") from error
     if batch.schema.names != columns or batch.num_rows != shard["cells"]:
@@ -232,15 +238,17 @@ def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) ->
             f"{path}: holds {batch.num_rows:,} cells with columns {batch.schema.names}, but the manifest says "
             f"{shard['cells']:,} cells with {columns}; the shard belongs to another build"
         )
-    return batch
+    return batch, mapped.address
 
 
-def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: int) -> Block:
+def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: int) -> tuple[Block, list[int]]:
+    """Return the cells of a shard, and the addresses of the arrays that hold their values."""
     if "cell" not in batch.schema.names:
         genes, values = batch.column("genes"), batch.column("values")
-        return CellBlock(_as_numpy(genes.offsets), _as_numpy(genes.values), _as_numpy(values.values))
+        arrays = [_as_numpy(genes.values), _as_numpy(values.values)]
+        return CellBlock(_as_numpy(genes.offsets), *arrays), [array.ctypes.data for array in arrays]
     _, starts, data = batch.column("cell").buffers()
-    return PackedBlock(
+    block = PackedBlock(
         starts=np.frombuffer(starts, np.int32, batch.num_rows + 1),
         sizes=_as_numpy(batch.column("n_genes")),
         data=np.frombuffer(data, np.uint8),
@@ -249,6 +257,7 @@ def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: 
         n_genes=n_genes,
         name_of=lambda place: f"{name}: cell {place:,}",
     )
+    return block, [data.address]
 
 
 def _as_numpy(array: pa.Array) -> NDArray:

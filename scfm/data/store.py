@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -64,6 +65,29 @@ class Block(Protocol):
         """Return a block that holds the rows at some places, (n,), and their places in it."""
 
 
+class Rows(Protocol):
+    """Cells that can be read by row: a store, or a part of it that is in memory."""
+
+    def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]: ...
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]: ...
+
+
+@dataclass(frozen=True)
+class InFile:
+    """Where a mapped block lies.
+
+    Attributes:
+        path: the shard.
+        n_bytes: size of the shard.
+        starts: the byte of the file at which each of the block's large arrays begins.
+    """
+
+    path: Path
+    n_bytes: int
+    starts: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ManyCodes:
     """Codes that lie in several arrays, one after the other, and are read where they are asked for."""
@@ -112,6 +136,7 @@ class CellStore:
         blocks: the rows, block after block.
         obs: categorical columns carried along, by name.
         cell_names: (N,) obs names where known.
+        files: where each block lies, if the blocks are mapped files.
     """
 
     vocabulary: Vocabulary
@@ -119,6 +144,7 @@ class CellStore:
     blocks: Sequence[Block]
     obs: dict[str, ObsColumn] = field(default_factory=dict)
     cell_names: NDArray[np.object_] | None = None
+    files: Sequence[InFile] = ()
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scfm.data.binning import bin_counts, bin_reals
 from scfm.data.random import CHOICE, RATIO, TIES, below, draw32, stream
-from scfm.data.store import CellBlock, CellStore, ValueKind
+from scfm.data.store import CellBlock, Rows, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
@@ -89,7 +89,7 @@ class Tokeniser:
             self.levels = np.unique(np.asarray(seen, np.float32))
 
     def plan(
-        self, store: CellStore, rows: NDArray[np.int64], keys: NDArray[np.uint64], epoch: int
+        self, store: Rows, rows: NDArray[np.int64], keys: NDArray[np.uint64], epoch: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the tokens of each cell, `<cls>` included, and how many of its genes are unknown, (n,) int32 each."""
         if self.config.genes == "all":
@@ -101,7 +101,7 @@ class Tokeniser:
 
     def fill(
         self,
-        store: CellStore,
+        store: Rows,
         rows: NDArray[np.int64],
         keys: NDArray[np.uint64],
         epoch: int,

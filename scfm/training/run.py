@@ -141,6 +141,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
     if trainer.is_global_zero:
         progress.say(trainer, opening_line(job, trainer))
+        progress.say(trainer, str(data.reading))
         if validates and run.resume_from is None and any(objective.name == "gep" for objective in job.objectives):
             metrics.log_metrics(mean_value_losses(data, n_genes=len(job.store.vocabulary)), step=0)
     trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
