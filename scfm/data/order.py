@@ -26,6 +26,7 @@ class CellOrder:
         shuffle: whether rows are permuted.
         block: rows read from one place.
         window: blocks whose cells mix.
+        region: blocks that come together in an epoch, because fetching others costs much; 0 makes no difference.
     """
 
     rows: range | NDArray[np.int64]
@@ -34,6 +35,7 @@ class CellOrder:
     shuffle: bool = True
     block: int = 64
     window: int = 1024
+    region: int = 0
 
     def __post_init__(self) -> None:
         if self.shuffle and len(self.rows) < self.cells_per_batch:
@@ -108,7 +110,21 @@ class CellOrder:
         return self._rotated(epoch, slots)
 
     def _shuffled_blocks(self, epoch: int, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
-        return permuted(blocks, len(self.rows) // self.block, self._key(epoch, 0, BLOCKS))
+        n_blocks = len(self.rows) // self.block
+        if not 0 < self.region < n_blocks:
+            return permuted(blocks, n_blocks, self._key(epoch, 0, BLOCKS))
+        # regions are permuted, and blocks within each; the blocks after the last whole region come last
+        n_regions, shuffled = n_blocks // self.region, np.empty_like(blocks)
+        region_of = blocks // self.region
+        for region in np.unique(region_of):
+            here, key = region_of == region, self._key(epoch, 2 + int(region), BLOCKS)
+            size, first = self.region, int(region) * self.region
+            if region == n_regions:
+                size = n_blocks - first
+            else:
+                first = int(permuted(np.array([region]), n_regions, self._key(epoch, 1, BLOCKS))[0]) * self.region
+            shuffled[here] = first + permuted(blocks[here] - region * self.region, size, key)
+        return shuffled
 
     def _rotated(self, epoch: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         n = len(self.rows)

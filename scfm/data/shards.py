@@ -79,7 +79,7 @@ class ShardWriter:
         narrow = CellBlock(block.offsets, genes, values)
         columns = _packed_columns(narrow) if self.codec == "packed" else _list_columns(narrow)
         for name, categories in self.obs.items():
-            columns[name] = pa.array(codes[name].astype(np.int16 if len(categories) <= 2**15 else np.int32))
+            columns[name] = pa.array(codes[name].astype(code_type(categories)))
         batch = pa.record_batch(columns)
 
         file = f"shards/{len(self._shards):05d}.arrow"
@@ -118,6 +118,11 @@ class ShardWriter:
         written = self.directory / "manifest.json.tmp"
         written.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(written, self.directory / "manifest.json")
+
+
+def code_type(categories: Sequence[str]) -> type[np.signedinteger]:
+    """Return the integer type that obs codes of so many categories are stored in."""
+    return np.int16 if len(categories) <= 2**15 else np.int32
 
 
 def _list_columns(block: CellBlock) -> dict[str, pa.Array]:
@@ -180,24 +185,16 @@ def open_shards(directory: str | Path) -> CellStore:
     vocabulary = Vocabulary.load(directory / "vocab.json")
     if vocabulary.hash != manifest["vocabulary_hash"]:
         raise ScfmError(f"{directory / 'vocab.json'}: not the vocabulary that these shards were written with")
-    shards = manifest["shards"]
-    columns = [*COLUMNS[manifest["codec"]], *manifest["obs"]]
-    mapped = [_map_shard(directory, shard, columns) for shard in shards]
-    blocks, files = [], []
-    for shard, (batch, address) in zip(shards, mapped, strict=True):
-        path = directory / shard["file"]
-        block, addresses = _block(batch, shard, str(path), vocabulary.n_genes)
-        blocks.append(block)
-        files.append(InFile(path, shard["bytes"], tuple(start - address for start in addresses)))
+    mapped = [map_shard(directory / shard["file"], shard, manifest, vocabulary.n_genes) for shard in manifest["shards"]]
     return CellStore(
         vocabulary=vocabulary,
         value_kind=manifest["value_kind"],
-        blocks=blocks,
+        blocks=[block for block, _, _ in mapped],
         obs={
-            name: ObsColumn(ManyCodes([_as_numpy(batch.column(name)) for batch, _ in mapped]), categories)
+            name: ObsColumn(ManyCodes([codes[name] for _, _, codes in mapped]), categories)
             for name, categories in manifest["obs"].items()
         },
-        files=files,
+        files=[file for _, file, _ in mapped],
     )
 
 
@@ -218,9 +215,20 @@ def verify_shards(directory: str | Path) -> int:
     return len(shards)
 
 
-def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) -> tuple[pa.RecordBatch, int]:
-    """Return the cells of a shard, and the address at which its first byte is mapped."""
-    path = directory / shard["file"]
+def map_shard(
+    path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], n_genes: int
+) -> tuple[Block, InFile, dict[str, NDArray[np.integer]]]:
+    """Map one shard: return its cells, where they lie, and the codes of its obs columns.
+
+    Args:
+        path: the file.
+        shard: what the manifest says of it.
+        manifest: of the directory.
+        n_genes: size of the vocabulary.
+
+    Raises ScfmError naming the file where it is missing, cut off or not what the manifest says.
+    """
+    columns = [*COLUMNS[manifest["codec"]], *manifest["obs"]]
     if not path.is_file():
         raise ScfmError(f"{path}: the shard is missing; copy the directory again, or build the shards again")
     if path.stat().st_size != shard["bytes"]:
@@ -238,7 +246,9 @@ def _map_shard(directory: Path, shard: Mapping[str, Any], columns: list[str]) ->
             f"{path}: holds {batch.num_rows:,} cells with columns {batch.schema.names}, but the manifest says "
             f"{shard['cells']:,} cells with {columns}; the shard belongs to another build"
         )
-    return batch, mapped.address
+    block, addresses = _block(batch, shard, str(path), n_genes)
+    file = InFile(path, shard["bytes"], tuple(address - mapped.address for address in addresses))
+    return block, file, {name: _as_numpy(batch.column(name)) for name in manifest["obs"]}
 
 
 def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: int) -> tuple[Block, list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,7 @@ class InFile:
 class ManyCodes:
     """Codes that lie in several arrays, one after the other, and are read where they are asked for."""
 
-    arrays: Sequence[NDArray[np.integer]]
+    arrays: Sequence[Any]  # numpy's, or what can be asked for rows like one
 
     @cached_property
     def _first_rows(self) -> NDArray[np.int64]:
@@ -115,7 +115,9 @@ class ManyCodes:
         return found
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray:
-        return np.concatenate([np.empty(0, np.int16), *self.arrays]).astype(dtype or self.dtype, copy=False)
+        return np.concatenate([np.empty(0, np.int16), *map(np.asarray, self.arrays)]).astype(
+            dtype or self.dtype, copy=False
+        )
 
 
 @dataclass(frozen=True)
