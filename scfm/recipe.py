@@ -22,7 +22,10 @@ class DataConfig:
     """What the model reads, and how cells become tokens.
 
     Args:
-        shards: Shard directory written by `scfm prepare`.
+        shards: Shard directory written by `scfm prepare`: a path, or a URL that fsspec knows (s3://, http:// ...).
+        cache: Local folder for shards that are fetched; null for scfm/shards in the user's cache folder.
+        cache_gb: The most that fetched shards may take there, in GB.
+        skip_damaged: Pretraining: read and check all shards first, and go on without those that are damaged or missing.
         genes: `expressed` reads the non-zero genes of each cell; `all` every gene of the vocabulary, zeros included.
         max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
@@ -47,6 +50,9 @@ class DataConfig:
     """
 
     shards: str | None = None
+    cache: str | None = None
+    cache_gb: float = 100.0
+    skip_damaged: bool = False
     genes: Literal["expressed", "all"] = "expressed"
     max_genes: int = 1199
     values: Literal["binned", "log2", "raw"] = "binned"

@@ -26,7 +26,7 @@ class CellOrder:
         shuffle: whether rows are permuted.
         block: rows read from one place.
         window: blocks whose cells mix.
-        region: blocks that come together in an epoch, because fetching others costs much; 0 makes no difference.
+        region: neighbouring cells that come together in an epoch, because fetching others costs much; 0 is all cells.
     """
 
     rows: range | NDArray[np.int64]
@@ -61,7 +61,7 @@ class CellOrder:
         n, first = len(self.rows), stage * self.cells_per_stage
         last = n if stage == self._stage(n - 1) else first + self.cells_per_stage
         if not self.shuffle:
-            return self._rows_at(np.arange(first, last))
+            return np.sort(self._rows_at(np.arange(first, last)))
         n_blocks = n // self.block
         blocks = self._shuffled_blocks(epoch, np.arange(first // self.block, min(last // self.block, n_blocks)))
         slots = (blocks[:, None] * self.block + np.arange(self.block)).ravel()
@@ -111,19 +111,19 @@ class CellOrder:
 
     def _shuffled_blocks(self, epoch: int, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
         n_blocks = len(self.rows) // self.block
-        if not 0 < self.region < n_blocks:
+        size = max(self.region // self.block, 1)
+        if not self.region or size >= n_blocks:
             return permuted(blocks, n_blocks, self._key(epoch, 0, BLOCKS))
         # regions are permuted, and blocks within each; the blocks after the last whole region come last
-        n_regions, shuffled = n_blocks // self.region, np.empty_like(blocks)
-        region_of = blocks // self.region
+        n_regions, shuffled = n_blocks // size, np.empty_like(blocks)
+        region_of = blocks // size
         for region in np.unique(region_of):
             here, key = region_of == region, self._key(epoch, 2 + int(region), BLOCKS)
-            size, first = self.region, int(region) * self.region
-            if region == n_regions:
-                size = n_blocks - first
-            else:
-                first = int(permuted(np.array([region]), n_regions, self._key(epoch, 1, BLOCKS))[0]) * self.region
-            shuffled[here] = first + permuted(blocks[here] - region * self.region, size, key)
+            image = (
+                permuted(np.array([region]), n_regions, self._key(epoch, 1, BLOCKS)) if region < n_regions else region
+            )
+            inside = min(size, n_blocks - int(region) * size)
+            shuffled[here] = image * size + permuted(blocks[here] - region * size, inside, key)
         return shuffled
 
     def _rotated(self, epoch: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,52 +21,11 @@ from scfm.data.packed import PackedBlock
 from scfm.data.store import Block, CellBlock, CellStore, Rows
 from scfm.errors import ScfmError
 
-ReadMode = Literal["auto", "map", "read"]
 IN_FLIGHT = 4  # reads at a time
 HOLE = 32  # cells that are read although nobody wants them, rather than read what is before and behind them apart
-SHARE_OF_MEMORY = 0.5  # what maps may fill: the rest of the machine needs memory too
 
 Run = tuple[int, int, int]  # block, first place in it, place after the last
 Job = tuple[Path, int, memoryview]  # file, first byte, where the bytes go
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a store is read, and why, as the log says it."""
-
-    mode: Literal["map", "read"]
-    why: str
-
-    def __str__(self) -> str:
-        how = "memory map" if self.mode == "map" else "reads of whole runs of cells"
-        return f"cells are read by {how} ({self.why})"
-
-    def reader(self, store: CellStore) -> Reader:
-        return MapReader(store) if self.mode == "map" else RunReader(store)
-
-
-def choose(store: CellStore, mode: ReadMode) -> Reading:
-    """Decide how to read a store: as asked for, or by whether its files fit in half of the memory.
-
-    Raises ScfmError where reads are asked for and the store is not made of files.
-    """
-    if not store.files:
-        if mode == "read":
-            raise ScfmError("data.read: read needs shards on disk; these cells are in memory")
-        return Reading("map", "they are in memory")
-    if mode != "auto":
-        return Reading(mode, f"data.read: {mode}")
-    data, memory = sum(file.n_bytes for file in store.files), memory_bytes()
-    why = f"{data / 1e9:,.1f} GB of shards, {memory / 1e9:,.1f} GB of memory"
-    return Reading("map" if data <= SHARE_OF_MEMORY * memory else "read", why)
-
-
-def memory_bytes() -> int:
-    """Return the memory of this machine, or of the control group that the process may not leave."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text().strip() if limit.is_file() else "max"
-    return memory if said == "max" else min(memory, int(said))
 
 
 @dataclass(frozen=True)
@@ -99,10 +58,14 @@ class Loaded:
 
 
 class Several:
-    """Rows that lie in several loaded parts."""
+    """Rows of which some lie here and some there.
 
-    def __init__(self, parts: Sequence[Loaded]) -> None:
-        self.loaded = parts
+    Args:
+        parts: the rows that are somewhere, ascending, and the cells there.
+    """
+
+    def __init__(self, parts: Sequence[tuple[NDArray[np.int64], Rows]]) -> None:
+        self._parts = parts
 
     def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         counts = np.empty(len(rows), np.int32)
@@ -115,13 +78,23 @@ class Several:
             for block, cells, places in part.parts(rows[mine]):
                 yield block, mine[cells], places
 
-    def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Loaded, NDArray[np.int64]]]:
+    def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Rows, NDArray[np.int64]]]:
         left = np.arange(len(rows))
-        for part in self.loaded:
-            there = np.isin(rows[left], part.rows)
-            if there.any():
-                yield part, left[there]
-            left = left[~there]
+        for there, part in self._parts:
+            found = np.isin(rows[left], there)
+            if found.any():
+                yield part, left[found]
+            left = left[~found]
+
+
+class Reader(Protocol):
+    """Brings cells of a store into memory."""
+
+    def load(self, rows: NDArray[np.int64]) -> Rows:
+        """Return some rows, ascending, ready to be read."""
+
+    def release(self, loaded: Rows) -> None:
+        """Let go of what `load` returned; nobody reads it any more."""
 
 
 class MapReader:
@@ -209,9 +182,6 @@ class RunReader:
         wait(reads)
         for read in reads:
             read.result()
-
-
-Reader = MapReader | RunReader
 
 
 def _read_all(jobs: list[Job]) -> None:

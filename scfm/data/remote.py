@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scfm.data.cache import ShardCache
 from scfm.data.reading import MapReader, RunReader
-from scfm.data.shards import code_type, map_shard, read_manifest
+from scfm.data.shards import code_type, map_shard, open_shards, read_manifest
 from scfm.data.store import Block, CellBlock, CellStore, InFile, ManyCodes, ObsColumn, Rows
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
@@ -38,6 +38,11 @@ class FetchedBlock:
     @property
     def n_cells(self) -> int:
         return self.shard["cells"]
+
+    @property
+    def most_bytes(self) -> int:
+        """What the shard takes in the cache while it arrives."""
+        return self.shard["bytes"] + (self.shard["transport"]["bytes"] if "transport" in self.shard else 0)
 
     def held(self, stack: ExitStack) -> tuple[Block, InFile, dict[str, NDArray[np.integer]]]:
         """Return the mapped cells, where they lie and their obs codes; the file stays until the stack is closed."""
@@ -83,7 +88,6 @@ class FetchingReader:
 
     store: CellStore
     mode: Literal["map", "read"]
-    _spare: RunReader | None = field(default=None, init=False)
     _held: dict[int, ExitStack] = field(default_factory=dict, init=False)
 
     def load(self, rows: NDArray[np.int64]) -> Rows:
@@ -101,8 +105,7 @@ class FetchingReader:
             with ThreadPoolExecutor(FETCHES, thread_name_prefix="scfm-fetch") as pool:
                 list(pool.map(hold, needed, stacks))
             here = CellStore(self.store.vocabulary, self.store.value_kind, blocks, files=files)
-            reader = MapReader(here) if self.mode == "map" else RunReader(here)
-            loaded = reader.load(rows)
+            loaded = (MapReader(here) if self.mode == "map" else RunReader(here)).load(rows)
         except BaseException:
             stack.close()
             raise
@@ -131,12 +134,18 @@ class ShardDirectory:
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.index)
 
-    def open(self) -> CellStore:
-        """Return its cells; no shard is fetched before one of its cells is asked for."""
-        from scfm.data.shards import open_shards
+    def open(self, skip_damaged: bool = False) -> CellStore:
+        """Return its cells; no shard is fetched before one of its cells is asked for.
 
+        Raises ScfmError as `open_shards` does, and where damaged shards that are not here yet may be skipped.
+        """
         if self.cache is None:
-            return open_shards(self.index)
+            return open_shards(self.index, skip_damaged)
+        if skip_damaged:
+            raise ScfmError(
+                "data.skip_damaged: shards that are fetched are checked as they arrive, too late to leave them out; "
+                f"set it to false, and mend {self.location} where a shard is damaged"
+            )
         manifest = self.manifest
         vocabulary = Vocabulary.load(self.index / "vocab.json")
         if vocabulary.hash != manifest["vocabulary_hash"]:

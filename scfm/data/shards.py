@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scfm.data.expression import narrowest
 from scfm.data.hashing import profile_hashes, save_hashes
 from scfm.data.packed import PackedBlock, pack
-from scfm.data.store import Block, CellBlock, CellStore, InFile, ManyCodes, ObsColumn, ValueKind
+from scfm.data.store import Block, CellBlock, CellStore, InFile, Lost, ManyCodes, ObsColumn, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.version import __version__
@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 Codec = Literal["list", "packed"]
 COLUMNS: dict[Codec, tuple[str, str]] = {"list": ("genes", "values"), "packed": ("cell", "n_genes")}
 RESERVED_COLUMNS = COLUMNS["list"] + COLUMNS["packed"]
+MappedShard = tuple[Block, InFile, dict[str, NDArray[np.integer]]]  # cells, where they lie, codes of obs columns
 MOST_PER_SHARD = 2**31 - 1  # Arrow's offsets are int32
 
 
@@ -174,8 +175,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_shards(directory: str | Path) -> CellStore:
+def open_shards(directory: str | Path, skip_damaged: bool = False) -> CellStore:
     """Memory-map a shard directory; no cell is read, and no obs code.
+
+    Args:
+        directory: on this machine.
+        skip_damaged: read all shards, compare their SHA-256, and go on without those that are damaged or missing.
 
     Raises ScfmError naming the file where the manifest, the vocabulary or a shard is missing, cut off or does not
     belong to the others.
@@ -185,7 +190,24 @@ def open_shards(directory: str | Path) -> CellStore:
     vocabulary = Vocabulary.load(directory / "vocab.json")
     if vocabulary.hash != manifest["vocabulary_hash"]:
         raise ScfmError(f"{directory / 'vocab.json'}: not the vocabulary that these shards were written with")
-    mapped = [map_shard(directory / shard["file"], shard, manifest, vocabulary.n_genes) for shard in manifest["shards"]]
+    mapped: list[MappedShard] = []
+    lost: list[Lost] = []
+    first = 0
+    for shard in manifest["shards"]:
+        path = directory / shard["file"]
+        try:
+            one = map_shard(path, shard, manifest, vocabulary.n_genes)
+            if skip_damaged and _sha256(path) != shard["sha256"]:
+                raise ScfmError(f"{path}: is damaged (SHA-256 differs from the manifest's)")
+        except ScfmError as error:
+            if not skip_damaged:
+                raise
+            lost.append(Lost(range(first, first + shard["cells"]), str(error)))
+            one = _without_cells(path, shard, manifest)
+        mapped.append(one)
+        first += shard["cells"]
+    if lost and len(lost) == len(mapped):
+        raise ScfmError(f"{directory}: all {len(lost)} shards are damaged; {lost[0].why}")
     return CellStore(
         vocabulary=vocabulary,
         value_kind=manifest["value_kind"],
@@ -195,6 +217,7 @@ def open_shards(directory: str | Path) -> CellStore:
             for name, categories in manifest["obs"].items()
         },
         files=[file for _, file, _ in mapped],
+        lost=lost,
     )
 
 
@@ -215,9 +238,7 @@ def verify_shards(directory: str | Path) -> int:
     return len(shards)
 
 
-def map_shard(
-    path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], n_genes: int
-) -> tuple[Block, InFile, dict[str, NDArray[np.integer]]]:
+def map_shard(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], n_genes: int) -> MappedShard:
     """Map one shard: return its cells, where they lie, and the codes of its obs columns.
 
     Args:
@@ -249,6 +270,13 @@ def map_shard(
     block, addresses = _block(batch, shard, str(path), n_genes)
     file = InFile(path, shard["bytes"], tuple(address - mapped.address for address in addresses))
     return block, file, {name: _as_numpy(batch.column(name)) for name in manifest["obs"]}
+
+
+def _without_cells(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any]) -> MappedShard:
+    """Stand for a lost shard, so that rows keep their numbers: cells without genes, of the first category."""
+    n = shard["cells"]
+    block = CellBlock(np.zeros(n + 1, np.int32), np.empty(0, shard["genes"]), np.empty(0, shard["values"]))
+    return block, InFile(path, shard["bytes"], (0, 0)), {name: np.zeros(n, np.int16) for name in manifest["obs"]}
 
 
 def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: int) -> tuple[Block, list[int]]:

@@ -89,6 +89,14 @@ class InFile:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """Rows that are left out, and why."""
+
+    rows: range
+    why: str
+
+
+@dataclass(frozen=True)
 class ManyCodes:
     """Codes that lie in several arrays, one after the other, and are read where they are asked for."""
 
@@ -139,6 +147,7 @@ class CellStore:
         obs: categorical columns carried along, by name.
         cell_names: (N,) obs names where known.
         files: where each block lies, if the blocks are mapped files.
+        lost: rows that exist in name only, for their shard is damaged and the caller wished to go on without it.
     """
 
     vocabulary: Vocabulary
@@ -147,6 +156,7 @@ class CellStore:
     obs: dict[str, ObsColumn] = field(default_factory=dict)
     cell_names: NDArray[np.object_] | None = None
     files: Sequence[InFile] = ()
+    lost: Sequence[Lost] = ()
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -156,6 +166,13 @@ class CellStore:
     @property
     def n_cells(self) -> int:
         return int(self.first_rows[-1])
+
+    def without_lost(self, rows: range | NDArray[np.int64]) -> range | NDArray[np.int64]:
+        """Return those of some rows that are not lost."""
+        for lost in self.lost:
+            array = np.asarray(rows)
+            rows = array[(array < lost.rows.start) | (array >= lost.rows.stop)]
+        return rows
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the block of each row, and the row's place in it."""

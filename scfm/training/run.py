@@ -77,16 +77,16 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     Raises:
         ScfmError: the recipe cannot work, or the run directory holds something else.
     """
-    from scfm.data.shards import open_shards, read_manifest
+    from scfm.data.remote import find_shards
 
     check(recipe)
     if recipe.data.shards is None:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
-    shards = Path(recipe.data.shards)
-    manifest = read_manifest(shards)
-    job = pretraining_job(recipe, open_shards(shards), shuffled=manifest.get("shuffled", False))
+    shards = find_shards(recipe.data.shards, recipe.data.cache, recipe.data.cache_gb)
+    manifest, store = shards.manifest, shards.open(recipe.data.skip_damaged)
+    job = pretraining_job(recipe, store, shuffled=manifest.get("shuffled", False))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
-    job.files.cell_hashes = load_hashes(shards / "cells.hash")
+    job.files.cell_hashes = load_hashes(shards.index / "cells.hash")
     return fit(job, open_run(recipe, resume))
 
 
@@ -123,6 +123,7 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
     torch.manual_seed(recipe.seed)
     network = files.build()
     train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
+    train_rows, valid_rows = store.without_lost(train_rows), store.without_lost(valid_rows)
     return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
 
 
@@ -141,7 +142,9 @@ def fit(job: Job, run: RunDirectory) -> Path:
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
     if trainer.is_global_zero:
         progress.say(trainer, opening_line(job, trainer))
-        progress.say(trainer, str(data.reading))
+        progress.say(trainer, data.access.said)
+        for lost in job.store.lost:
+            progress.say(trainer, f"{len(lost.rows):,} cells are left out: {lost.why}")
         if validates and run.resume_from is None and any(objective.name == "gep" for objective in job.objectives):
             metrics.log_metrics(mean_value_losses(data, n_genes=len(job.store.vocabulary)), step=0)
     trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from scfm.bench.cells import synthetic_block, synthetic_vocabulary
-from scfm.data import reading
+from scfm.data import access
+from scfm.data.access import choose
 from scfm.data.ahead import Stages
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
-from scfm.data.reading import Loaded, MapReader, RunReader, choose
+from scfm.data.reading import Loaded, MapReader, RunReader
 from scfm.data.shards import Codec, ShardWriter, open_shards
 from scfm.data.store import CellStore, Rows
 from scfm.data.tokens import TokenConfig, Tokeniser
@@ -159,16 +161,20 @@ def test_a_damaged_cell_is_named_in_training(tmp_path: Path) -> None:
 
 def test_maps_are_for_data_that_fit_in_half_of_the_memory(store: CellStore, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(file.path.stat().st_size for file in store.files)
-    for memory, mode in ((2 * size, "map"), (2 * size - 1, "read")):
-        monkeypatch.setattr(reading, "memory_bytes", lambda memory=memory: memory)
-        assert choose(store, "auto").mode == mode
-    assert choose(store, "map").mode == "map"
-    assert str(choose(store, "read")) == "cells are read by reads of whole runs of cells (data.read: read)"
+    for memory, kind in ((2 * size, MapReader), (2 * size - 1, RunReader)):
+        monkeypatch.setattr(access, "memory_bytes", lambda memory=memory: memory)
+        assert isinstance(choose(store, "auto").reader, kind)
+    assert isinstance(choose(store, "map").reader, MapReader)
+    assert choose(store, "read").said == "cells are read by reads of whole runs of cells (data.read: read)"
+
+
+def test_memory_is_that_of_the_machine_at_most() -> None:
+    assert 2**28 < access.memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_cells_in_memory_cannot_be_read_from_files() -> None:
     there = CellStore(synthetic_vocabulary(3), "counts", [])
-    assert choose(there, "auto").mode == "map"
+    assert choose(there, "auto").reader is None
     with pytest.raises(ScfmError, match=r"data\.read: read needs shards on disk"):
         choose(there, "read")
 
