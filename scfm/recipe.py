@@ -45,8 +45,8 @@ class DataConfig:
         gene_conditions: Per-gene conditions: {name: TSV file with the columns `gene` and `condition`}.
         threads: Threads that prepare batches ahead of the step.
         prefetch: Global batches prepared ahead.
-        read: How shards are read: `map` into memory, `read` whole runs of cells into buffers, or `auto`: a map if they
-            take at most half of the machine's memory.
+        read: How shards are read: `map` into memory, `read` whole runs of cells into buffers, or `auto`: a map where
+            they are at most 100 and take at most half of the machine's memory.
     """
 
     shards: str | None = None

@@ -14,6 +14,7 @@ from scfm.errors import ScfmError
 
 ReadMode = Literal["auto", "map", "read"]
 SHARE_OF_MEMORY = 0.5  # what maps may fill: the rest of the machine needs memory too
+MOST_MAPPED = 100  # shards: a batch takes its cells from all of them, map by map, and then one buffer is faster
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Access:
 
 
 def choose(store: CellStore, mode: ReadMode) -> Access:
-    """Decide how to read a store: as asked for, or by whether its files fit in half of the memory.
+    """Decide how to read a store: as asked for, or by map where its files are few and fit in half of the memory.
 
     Raises ScfmError where reads are asked for and the store is not made of files.
     """
@@ -44,8 +45,8 @@ def choose(store: CellStore, mode: ReadMode) -> Access:
         return Access(None, 0, "cells are in memory")
     memory, why = memory_bytes(), f"data.read: {mode}"
     if mode == "auto":
-        mode = "map" if sum(sizes) <= SHARE_OF_MEMORY * memory else "read"
-        why = f"{sum(sizes) / 1e9:,.1f} GB of shards, {memory / 1e9:,.1f} GB of memory"
+        mode = "map" if sum(sizes) <= SHARE_OF_MEMORY * memory and len(sizes) <= MOST_MAPPED else "read"
+        why = f"{sum(sizes) / 1e9:,.1f} GB in {len(sizes):,} shards, {memory / 1e9:,.1f} GB of memory"
     said = f"cells are read by {'memory map' if mode == 'map' else 'reads of whole runs of cells'} ({why})"
     if not fetched:
         return Access(MapReader(store) if mode == "map" else RunReader(store), 0, said)

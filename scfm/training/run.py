@@ -122,8 +122,10 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
     )
     torch.manual_seed(recipe.seed)
     network = files.build()
-    train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
-    train_rows, valid_rows = store.without_lost(train_rows), store.without_lost(valid_rows)
+    rows = store.without_lost(range(store.n_cells))
+    train_rows, valid_rows = hold_out(len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
+    if not isinstance(rows, range):
+        train_rows, valid_rows = rows[np.asarray(train_rows)], rows[np.asarray(valid_rows)]
     return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
 
 

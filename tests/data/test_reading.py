@@ -168,6 +168,33 @@ def test_maps_are_for_data_that_fit_in_half_of_the_memory(store: CellStore, monk
     assert choose(store, "read").said == "cells are read by reads of whole runs of cells (data.read: read)"
 
 
+def test_many_shards_are_read_into_one_buffer(store: CellStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "MOST_MAPPED", 2)
+    assert isinstance(choose(store, "auto").reader, RunReader)
+
+
+def test_memory_does_not_grow_over_an_epoch(tmp_path: Path) -> None:
+    """What the process holds after the first stages is what it holds at the end, within a few buffers."""
+    writer = ShardWriter(tmp_path, synthetic_vocabulary(5000), "counts", codec="packed")
+    block = synthetic_block(np.random.default_rng(0), 2000, 200, 5000)
+    for _ in range(8):
+        writer.write(block, {})
+    writer.finish()
+    store = open_shards(tmp_path)
+    for reader in (MapReader(store), RunReader(store)):
+        tokeniser = Tokeniser(TokenConfig(max_genes=150), store.vocabulary, store.value_kind)
+        order = CellOrder(range(store.n_cells), 100, seed=0, window=16)  # half a MB a stage, 16 stages
+        loader = PackLoader(store, order, tokeniser, tokens_per_pack=16_384, reader=reader)
+        held = [private_bytes() for _ in loader.batches(0)]
+        assert max(held[60:]) - max(held[:60]) < 2e6  # an epoch reads 7 MB, and makes 29 MB of tokens
+
+
+def private_bytes() -> int:
+    """What the process alone holds: not the pages of maps, which the kernel takes back as it likes."""
+    said = Path("/proc/self/smaps_rollup").read_text()
+    return int(said.split("Private_Dirty:")[1].split()[0]) * 1024
+
+
 def test_memory_is_that_of_the_machine_at_most() -> None:
     assert 2**28 < access.memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
