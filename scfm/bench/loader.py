@@ -12,11 +12,13 @@ import numpy as np
 
 from scfm.bench.cells import synthetic_block, synthetic_vocabulary
 from scfm.bench.report import at_least_one, device_name, of_rates, publish
+from scfm.data.access import ReadMode, choose
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.shards import Codec, ShardWriter, open_shards
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
+from scfm.data.transport import LEVEL
 from scfm.recipe import TiePolicy
 
 VOCABULARY_SIZE = 20_000
@@ -36,6 +38,7 @@ def loader(
     threads: int = 1,
     epochs: int = 3,
     codec: Codec = "packed",
+    read: ReadMode = "auto",
     out: str | None = None,
 ) -> None:
     """Measure how fast synthetic cells on disk become packed training batches; the defaults are scGPT's sizes.
@@ -51,11 +54,12 @@ def loader(
         threads: Threads that prepare batches.
         epochs: Timed passes over the cells, after one that warms up.
         codec: Codec of the shards.
+        read: As `data.read` in a recipe.
         out: File that also receives the JSON.
     """
     at_least_one(cells=cells, genes=genes, threads=threads, epochs=epochs)
     tokens = TokenConfig(max_genes=max_genes, n_bins=n_bins, tie_policy=tie_policy)
-    result = bench_loader(cells, genes, tokens, cells_per_batch, tokens_per_pack, threads, epochs, codec)
+    result = bench_loader(cells, genes, tokens, cells_per_batch, tokens_per_pack, threads, epochs, codec, read)
     line = (
         f"loader: {result['cells_per_second']['median']:,.0f} cells/s "
         f"({result['cells_per_cpu_second']['median']:,.0f} per CPU second) of {result['tokens_per_cell']} tokens, "
@@ -73,6 +77,7 @@ def bench_loader(
     threads: int,
     epochs: int,
     codec: Codec,
+    read: ReadMode,
 ) -> dict[str, Any]:
     """Return cells per second, by the wall and per second of CPU time of the whole process, best and median epoch.
 
@@ -84,23 +89,25 @@ def bench_loader(
         store = open_shards(folder)
         tokeniser = Tokeniser(tokens, store.vocabulary, store.value_kind)
         order = CellOrder(range(store.n_cells), cells_per_batch, seed=0)
-        packs_of = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, threads=threads)
-        read = len(order) * cells_per_batch
+        reader = choose(store, read).reader
+        packs_of = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, reader=reader, threads=threads)
+        n_read = len(order) * cells_per_batch
         walls, cpus, n_tokens = [], [], 0
         for epoch in range(epochs + 1):
             wall, cpu, n_tokens = time.perf_counter(), time.process_time(), 0
             for packs in packs_of.batches(epoch):
                 n_tokens += sum(pack.n_tokens for pack in packs)
             if epoch > 0:  # the first epoch compiles the kernels and reads the files
-                walls.append(read / (time.perf_counter() - wall))
-                cpus.append(read / (time.process_time() - cpu))
+                walls.append(n_read / (time.perf_counter() - wall))
+                cpus.append(n_read / (time.process_time() - cpu))
         empty = empty_when_filled(store, order, tokeniser, tokens_per_pack)
+        plain, compressed = _bytes_per_cell(store)
     return {
         "device": device_name("cpu"),
         "cells_per_second": of_rates(walls, 6),
         "cells_per_cpu_second": of_rates(cpus, 6),
         "empty_when_filled": empty,
-        "tokens_per_cell": round(n_tokens / read, 1),
+        "tokens_per_cell": round(n_tokens / n_read, 1),
         "genes_per_cell": round(mean_genes, 1),
         "cells": cells,
         "max_genes": tokens.max_genes,
@@ -111,6 +118,9 @@ def bench_loader(
         "tokens_per_pack": tokens_per_pack,
         "threads": threads,
         "codec": codec,
+        "read": read,
+        "bytes_per_cell": plain,
+        "bytes_per_cell_zstd": compressed,
         "epochs": epochs,
     }
 
@@ -120,6 +130,16 @@ def empty_when_filled(store: CellStore, order: CellOrder, tokeniser: Tokeniser, 
     filled = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, fill_packs=True)
     packs = [pack for batch in islice(filled.batches(epoch=0), FILLED_BATCHES) for pack in batch]
     return round(1 - sum(pack.sizes.tokens for pack in packs) / sum(pack.n_tokens for pack in packs), 5)
+
+
+def _bytes_per_cell(store: CellStore) -> tuple[float, float]:
+    """Return what a cell takes on disk, and what it takes where `scfm compress` made shards smaller for transport."""
+    import pyarrow as pa
+
+    first = store.files[0].path.read_bytes()
+    packed = pa.Codec("zstd", compression_level=LEVEL).compress(first)
+    n = store.blocks[0].n_cells
+    return round(len(first) / n, 1), round(len(packed) / n, 1)
 
 
 def _write_shards(folder: Path, cells: int, genes: int, codec: Codec) -> float:

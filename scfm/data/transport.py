@@ -10,14 +10,16 @@ from typing import Any
 from scfm.data.shards import read_manifest, verify_shards
 from scfm.errors import ScfmError
 
+LEVEL = 1  # of zstd: higher levels take many times as long, and do not make packed cells smaller
 
-def compress(shards: str, *, out: str, level: int = 3) -> None:
+
+def compress(shards: str, *, out: str, level: int = LEVEL) -> None:
     """Write a copy of a shard directory whose shards are compressed; training reads it through `data.cache`.
 
     Args:
         shards: Shard directory written by `scfm prepare`.
         out: Where the copy goes: a path, or a URL that fsspec can write to (s3://, gs:// ...).
-        level: Of zstd: 1 is fast, 19 small.
+        level: Of zstd; higher ones are for shards of the list codec, which shrink little at 1.
 
     Raises ScfmError where a shard is missing or damaged, or the place is taken.
     """
