@@ -96,9 +96,12 @@ class Lost:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ManyCodes:
-    """Codes that lie in several arrays, one after the other, and are read where they are asked for."""
+    """Codes that lie in several arrays, one after the other, and are read where they are asked for.
+
+    Rows are asked for as of a numpy array: by numbers, a mask or a slice. `np.asarray` reads all.
+    """
 
     arrays: Sequence[Any]  # numpy's, or what can be asked for rows like one
 
@@ -113,14 +116,19 @@ class ManyCodes:
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.integer]:
-        rows = np.asarray(rows)
+    def __getitem__(self, rows: NDArray | Sequence[int] | slice) -> NDArray[np.integer]:
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
         found = np.empty(len(rows), self.dtype)
         array_of = np.searchsorted(self._first_rows, rows, side="right") - 1
         for a in np.unique(array_of):
             here = array_of == a
             found[here] = self.arrays[a][rows[here] - self._first_rows[a]]
         return found
+
+    def __eq__(self, other: object) -> NDArray[np.bool_]:  # type: ignore[override]
+        return np.asarray(self) == other
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray:
         return np.concatenate([np.empty(0, np.int16), *map(np.asarray, self.arrays)]).astype(

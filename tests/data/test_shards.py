@@ -226,6 +226,16 @@ def test_normalised_values_are_not_packed(tmp_path: Path) -> None:
     assert (default_codec("counts"), default_codec("normalised")) == ("packed", "list")
 
 
+def test_codes_of_many_shards_are_asked_for_like_an_array(shards: Path) -> None:
+    codes = open_shards(shards).obs["cell_type"].codes
+    whole = np.concatenate([np.arange(50) % 3 - 1, np.arange(30) % 3 - 1])
+    np.testing.assert_array_equal(np.asarray(codes), whole)
+    assert (len(codes), codes.dtype) == (80, np.int16)
+    assert codes[48:53].tolist() == whole[48:53].tolist()
+    assert codes[whole == 1].tolist() == [1] * (whole == 1).sum()
+    np.testing.assert_array_equal(codes == 0, whole == 0)
+
+
 def test_a_foreign_vocabulary_is_named(shards: Path) -> None:
     Vocabulary.from_genes([Gene.of(None, "G000")]).save(shards / "vocab.json")
     with pytest.raises(ScfmError, match=r"vocab\.json: not the vocabulary"):
