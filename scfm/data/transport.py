@@ -19,7 +19,7 @@ def compress(shards: str, *, out: str, level: int = LEVEL) -> None:
     Args:
         shards: Shard directory written by `scfm prepare`.
         out: Where the copy goes: a path, or a URL that fsspec can write to (s3://, gs:// ...).
-        level: Of zstd; higher ones are for shards of the list codec, which shrink little at 1.
+        level: Of zstd; higher ones take many times as long, and only shards of the list codec are smaller for it.
 
     Raises ScfmError where a shard is missing or damaged, or the place is taken.
     """
