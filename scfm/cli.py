@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 VERBS = {
     "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
     "prepare": ("scfm.data.prepare:prepare", "h5ad files or folders of them -> a shard directory"),
+    "compress": ("scfm.data.transport:compress", "a shard directory -> a copy half the size, for object stores"),
+    "verify": ("scfm.data.transport:verify", "compare every shard with the SHA-256 in its manifest"),
     "check": ("scfm.checking:check_file", "raw counts? which genes match? exit code 1 where a file would not work"),
     "plan": ("scfm.plan:plan", "parameters, FLOPs, memory and hours of a recipe, before it is launched"),
     "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),

@@ -49,7 +49,7 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     import torch
 
     from scfm.baselines.mean_value import baselines_of
-    from scfm.data.hashing import profile_hashes
+    from scfm.data.hashing import store_hashes
     from scfm.data.sources import store_from_anndata
     from scfm.data.vocabulary import Gene, Vocabulary
     from scfm.evaluation.harness import compare
@@ -69,8 +69,7 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     adata = scanpy.datasets.pbmc68k_reduced()
     labels = adata.obs[LABEL].to_numpy(dtype=str)
     vocabulary = Vocabulary.from_genes([Gene.of(None, name) for name in adata.raw.var_names])
-    (cells,) = store_from_anndata(adata, vocabulary, accept_normalised=True).blocks
-    hashes = profile_hashes(cells.offsets, cells.genes, cells.values, vocabulary.gene_keys)
+    hashes = store_hashes(store_from_anndata(adata, vocabulary, accept_normalised=True))
     recipe = read_yaml(bundled("finetune/annotation-quickstart.yaml"))
     method = PretrainedOnTheSplit("scGPT (scfm)", runs, runs, recipe)
     splits = [stratified_split(labels, seed=seed) for seed in range(seeds)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from scfm.checkpoints.native import ModelFiles, load_model, save_model
 from scfm.data.batch import PackedBatch
-from scfm.data.hashing import profile_hashes
+from scfm.data.hashing import store_hashes
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.store import CellStore
@@ -256,9 +256,7 @@ class PretrainedModel:
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
         """
         tokens = replace(self.files.tokens, mask_ratios=(0.0,))
-        keys = np.concatenate(
-            [profile_hashes(b.offsets, b.genes, b.values, self.files.vocabulary.gene_keys) for b in store.blocks]
-        )
+        keys = store_hashes(store)
         loader = PackLoader(
             store,
             CellOrder(range(store.n_cells), cells_per_batch, seed=tokens.seed, shuffle=False),
@@ -281,7 +279,7 @@ class PretrainedModel:
         precision: Precision = "fp32",
     ) -> dict[str, Any]:
         """Return what `.uns["scfm"]` says of where the results came from."""
-        present = np.unique(np.concatenate([np.unique(block.genes) for block in store.blocks]))
+        present = np.unique(np.concatenate([np.unique(part.genes) for part in store.in_turn()]))
         return {
             "version": __version__,
             "model": self.source,

@@ -23,7 +23,10 @@ class DataConfig:
     """What the model reads, and how cells become tokens.
 
     Args:
-        shards: Shard directory written by `scfm prepare`.
+        shards: Shard directory written by `scfm prepare`: a path, or a URL that fsspec knows (s3://, http:// ...).
+        cache: Local folder for shards that are fetched; null for scfm/shards in the user's cache folder.
+        cache_gb: The most that fetched shards may take there, in GB.
+        skip_damaged: Pretraining: read and check all shards first, and go on without those that are damaged or missing.
         genes: `expressed` reads the non-zero genes of each cell; `all` every gene of the vocabulary, zeros included.
         max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
@@ -45,9 +48,14 @@ class DataConfig:
         gene_conditions: Per-gene conditions: {name: TSV file with the columns `gene` and `condition`}.
         threads: Threads that prepare batches ahead of the step.
         prefetch: Global batches prepared ahead.
+        read: How shards are read: `map` into memory, `read` whole runs of cells into buffers, or `auto`: a map where
+            they are at most 100 and take at most half of the machine's memory.
     """
 
     shards: str | None = None
+    cache: str | None = None
+    cache_gb: float = 100.0
+    skip_damaged: bool = False
     genes: Literal["expressed", "all"] = "expressed"
     max_genes: int = 1199
     values: Literal["binned", "log2", "raw"] = "binned"
@@ -65,6 +73,7 @@ class DataConfig:
     gene_conditions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     prefetch: int = 4
+    read: Literal["auto", "map", "read"] = "auto"
 
 
 @dataclass

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cells import made_up_cells
 
+from scfm.data.expression import take_cells
 from scfm.data.shards import ShardWriter
 from scfm.data.sources import store_from_anndata
 from scfm.data.vocabulary import Gene, Vocabulary
@@ -25,15 +27,17 @@ TINY: dict[str, Any] = {
 }
 
 
-def write_shards(folder: Path, n: int = 120, seed: int = 0) -> Path:
+def write_shards(folder: Path, n: int = 120, seed: int = 0, cells_per_shard: int = 120) -> Path:
     """Write made-up cells as a shard directory; return it."""
     adata = made_up_cells(n, seed)
     vocabulary = Vocabulary.from_genes([Gene.of(None, name) for name in adata.var_names])
     store = store_from_anndata(adata, vocabulary, obs_columns=OBS)
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, vocabulary, "counts", {name: column.categories for name, column in store.obs.items()})
-    for block in store.blocks:
-        writer.write(block, {name: column.codes for name, column in store.obs.items()})
+    for first in range(0, n, cells_per_shard):
+        rows = np.arange(first, min(n, first + cells_per_shard))
+        block, _, places = next(store.parts(rows))
+        writer.write(take_cells(block, places), {name: column.codes[rows] for name, column in store.obs.items()})
     writer.finish([{"file": "made-up.h5ad", "kept": n}], shuffled=True)
     return folder
 

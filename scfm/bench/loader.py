@@ -13,11 +13,13 @@ import numpy as np
 
 from scfm.bench.cells import synthetic_block, synthetic_vocabulary
 from scfm.bench.report import at_least_one, device_name, of_rates, publish
+from scfm.data.access import ReadMode, choose
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
-from scfm.data.shards import ShardWriter, open_shards
+from scfm.data.shards import Codec, ShardWriter, open_shards
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
+from scfm.data.transport import LEVEL
 from scfm.recipe import TiePolicy
 
 CELLS_PER_SHARD = 20_000
@@ -41,6 +43,8 @@ def loader(
     tokens_per_pack: int = 65536,
     threads: int = 1,
     epochs: int = 3,
+    codec: Codec = "packed",
+    access: ReadMode = "auto",
     out: str | None = None,
 ) -> None:
     """Measure how fast synthetic cells on disk become packed training batches; the defaults are scGPT's sizes.
@@ -61,6 +65,8 @@ def loader(
         tokens_per_pack: Most tokens in a pack.
         threads: Threads that prepare batches.
         epochs: Timed passes over the cells, after one that warms up.
+        codec: Codec of the shards.
+        access: As `data.read` in a recipe.
         out: File that also receives the JSON.
     """
     at_least_one(cells=cells, genes=genes, threads=threads, epochs=epochs)
@@ -68,11 +74,13 @@ def loader(
         genes=read, max_genes=max_genes, values=values_as, n_bins=n_bins, tie_policy=tie_policy,
         mask_ratios=tuple(mask_ratios), mask_candidates=mask_candidates, mask_kept=mask_kept,
     )  # fmt: skip
-    result = bench_loader(cells, genes, vocabulary, tokens, cells_per_batch, tokens_per_pack, threads, epochs)
+    result = bench_loader(
+        cells, genes, vocabulary, tokens, cells_per_batch, tokens_per_pack, threads, epochs, codec, access
+    )
     line = (
         f"loader: {result['cells_per_second']['median']:,.0f} cells/s "
         f"({result['cells_per_cpu_second']['median']:,.0f} per CPU second) of {result['tokens_per_cell']} tokens, "
-        f"threads: {threads}; filled packs are {result['empty_when_filled']:.2%} empty"
+        f"{codec} codec, threads: {threads}; filled packs are {result['empty_when_filled']:.2%} empty"
     )
     publish("loader", result, line, out)
 
@@ -86,33 +94,37 @@ def bench_loader(
     tokens_per_pack: int,
     threads: int,
     epochs: int,
+    codec: Codec,
+    access: ReadMode,
 ) -> dict[str, Any]:
     """Return cells per second, by the wall and per second of CPU time of the whole process, best and median epoch.
 
     Shards are written to a temporary directory, memory-mapped and read shuffled, warm from the page cache.
     """
     with tempfile.TemporaryDirectory(prefix="scfm-bench-") as folder:
-        mean_genes = _write_shards(Path(folder), cells, genes, vocabulary)
+        mean_genes = _write_shards(Path(folder), cells, genes, vocabulary, codec)
         store = open_shards(folder)
         tokeniser = Tokeniser(tokens, store.vocabulary, store.value_kind)
         order = CellOrder(range(store.n_cells), cells_per_batch, seed=0)
-        packs_of = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, threads=threads)
-        read = len(order) * cells_per_batch
+        reader = choose(store, access).reader
+        packs_of = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, reader=reader, threads=threads)
+        n_read = len(order) * cells_per_batch
         walls, cpus, n_tokens = [], [], 0
         for epoch in range(epochs + 1):
             wall, cpu, n_tokens = time.perf_counter(), time.process_time(), 0
             for packs in packs_of.batches(epoch):
                 n_tokens += sum(pack.n_tokens for pack in packs)
             if epoch > 0:  # the first epoch compiles the kernels and reads the files
-                walls.append(read / (time.perf_counter() - wall))
-                cpus.append(read / (time.process_time() - cpu))
+                walls.append(n_read / (time.perf_counter() - wall))
+                cpus.append(n_read / (time.process_time() - cpu))
         empty = empty_when_filled(store, order, tokeniser, tokens_per_pack)
+        plain, compressed = _bytes_per_cell(store)
     return {
         "device": device_name("cpu"),
         "cells_per_second": of_rates(walls, 6),
         "cells_per_cpu_second": of_rates(cpus, 6),
         "empty_when_filled": empty,
-        "tokens_per_cell": round(n_tokens / read, 1),
+        "tokens_per_cell": round(n_tokens / n_read, 1),
         "genes_per_cell": round(mean_genes, 1),
         "cells": cells,
         "vocabulary": vocabulary,
@@ -127,6 +139,10 @@ def bench_loader(
         "cells_per_batch": cells_per_batch,
         "tokens_per_pack": tokens_per_pack,
         "threads": threads,
+        "codec": codec,
+        "access": access,
+        "bytes_per_cell": plain,
+        "bytes_per_cell_zstd": compressed,
         "epochs": epochs,
     }
 
@@ -138,10 +154,20 @@ def empty_when_filled(store: CellStore, order: CellOrder, tokeniser: Tokeniser, 
     return round(1 - sum(pack.sizes.tokens for pack in packs) / sum(pack.n_tokens for pack in packs), 5)
 
 
-def _write_shards(folder: Path, cells: int, genes: int, vocabulary: int) -> float:
+def _bytes_per_cell(store: CellStore) -> tuple[float, float]:
+    """Return what a cell takes on disk, and what it takes where `scfm compress` made shards smaller for transport."""
+    import pyarrow as pa
+
+    first = store.files[0].path.read_bytes()
+    packed = pa.Codec("zstd", compression_level=LEVEL).compress(first)
+    n = store.blocks[0].n_cells
+    return round(len(first) / n, 1), round(len(packed) / n, 1)
+
+
+def _write_shards(folder: Path, cells: int, genes: int, vocabulary: int, codec: Codec) -> float:
     """Write synthetic shards and return the mean number of expressed genes."""
     generator = np.random.default_rng(0)
-    writer = ShardWriter(folder, synthetic_vocabulary(vocabulary), "counts")
+    writer = ShardWriter(folder, synthetic_vocabulary(vocabulary), "counts", codec=codec)
     written = 0
     for first in range(0, cells, CELLS_PER_SHARD):
         block = synthetic_block(generator, min(CELLS_PER_SHARD, cells - first), genes, vocabulary)

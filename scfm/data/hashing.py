@@ -13,6 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scfm.data.random import mix64
+from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 
 
@@ -48,6 +49,13 @@ def profile_hashes(
         (n,) uint64.
     """
     return _hash_rows(offsets, genes, values.view(np.uint32) if values.dtype == np.float32 else values, gene_keys)
+
+
+def store_hashes(store: CellStore) -> NDArray[np.uint64]:
+    """Return the `profile_hashes` of all cells of a store, in their order, (N,) uint64."""
+    keys = store.vocabulary.gene_keys
+    hashes = [profile_hashes(part.offsets, part.genes, part.values, keys) for part in store.in_turn()]
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 def save_hashes(path: Path, hashes: NDArray[np.uint64]) -> None:

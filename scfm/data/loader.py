@@ -6,16 +6,18 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scfm.data.ahead import Stages
 from scfm.data.batch import PackedBatch, Sizes
 from scfm.data.log_binning import check_logarithms
 from scfm.data.order import CellOrder
 from scfm.data.packing import deal, filled_length, positions_of
+from scfm.data.reading import Reader
 from scfm.data.store import CellStore
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
@@ -36,6 +38,7 @@ class PackLoader:
         cell_conditions: name -> (N,) code of every store row.
         keys: (N,) uint64 key of every store row, on which its random draws depend; None takes the row itself.
         rank, world_size: this process, and how many share a global batch.
+        reader: how cells that lie in files come into memory; None reads the store where it is.
         threads: threads that prepare batches.
         prefetch: global batches prepared ahead.
         pin_memory: put batches into page-locked memory.
@@ -58,6 +61,7 @@ class PackLoader:
         keys: NDArray[np.uint64] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        reader: Reader | None = None,
         threads: int = 1,
         prefetch: int = 4,
         pin_memory: bool = False,
@@ -67,6 +71,7 @@ class PackLoader:
         self.cell_conditions = dict(cell_conditions or {})
         self.keys = keys
         self.rank, self.world_size = rank, world_size
+        self.reader = reader
         self.threads, self.prefetch, self.pin_memory = threads, prefetch, pin_memory
         self.wait_seconds = 0.0
         if tokeniser.config.values == "log2":
@@ -86,24 +91,32 @@ class PackLoader:
         """
         numbers = iter(range(start, len(self)))
         with ThreadPoolExecutor(self.threads, thread_name_prefix="scfm-loader") as pool:
+            stages = None if self.reader is None else Stages(self.order, epoch, self.reader)
             ahead: deque[Future[list[PackedBatch]]] = deque()
             try:
-                ahead.extend(pool.submit(self.prepare, epoch, k) for k in islice(numbers, self.prefetch))
-                while ahead:
+                ahead.extend(pool.submit(self.prepare, epoch, k, stages) for k in islice(numbers, self.prefetch))
+                for delivered in count(start):
+                    if not ahead:
+                        break
                     before = time.perf_counter()
                     packs = ahead.popleft().result()
                     self.wait_seconds += time.perf_counter() - before
-                    ahead.extend(pool.submit(self.prepare, epoch, k) for k in islice(numbers, 1))
+                    if stages is not None:
+                        stages.delivered(delivered)
+                    ahead.extend(pool.submit(self.prepare, epoch, k, stages) for k in islice(numbers, 1))
                     yield packs
             finally:
                 for unwanted in ahead:
                     unwanted.cancel()
+                if stages is not None:
+                    stages.close()
 
-    def prepare(self, epoch: int, k: int) -> list[PackedBatch]:
-        """Return this rank's packs of global batch k of an epoch."""
+    def prepare(self, epoch: int, k: int, stages: Stages | None = None) -> list[PackedBatch]:
+        """Return this rank's packs of global batch k of an epoch, from cells that were read ahead if there are any."""
         rows = self.order.batch(epoch, k)
+        store = self.store if stages is None else stages.of(k)
         keys = rows.astype(np.uint64) if self.keys is None else self.keys[rows]
-        lengths, n_unknown = self.tokeniser.plan(self.store, rows, keys, epoch)
+        lengths, n_unknown = self.tokeniser.plan(store, rows, keys, epoch)
         plan = deal(lengths, self.world_size, self.tokens_per_pack)
         packs = plan[self.rank]
         size = filled_length(lengths, plan, self.tokens_per_pack) if self.fill_packs else 0
@@ -128,7 +141,7 @@ class PackLoader:
         levels = self.tokeniser.levels
         own = cells[real]
         self.tokeniser.fill(
-            self.store, rows[own], keys[own], epoch, starts[real], lengths[own], n_unknown[own], genes, values, targets
+            store, rows[own], keys[own], epoch, starts[real], lengths[own], n_unknown[own], genes, values, targets
         )
 
         n_known = np.where(real, (lengths - n_unknown)[cells], np.int32(1))

@@ -26,6 +26,7 @@ class CellOrder:
         shuffle: whether rows are permuted.
         block: rows read from one place.
         window: blocks whose cells mix.
+        region: neighbouring cells that come together in an epoch, because fetching others costs much; 0 is all cells.
     """
 
     rows: range | NDArray[np.int64]
@@ -34,6 +35,7 @@ class CellOrder:
     shuffle: bool = True
     block: int = 64
     window: int = 1024
+    region: int = 0
 
     def __post_init__(self) -> None:
         if self.shuffle and len(self.rows) < self.cells_per_batch:
@@ -41,6 +43,34 @@ class CellOrder:
                 f"data.cells_per_batch: {self.cells_per_batch} cells per batch, but only {len(self.rows)} cells to "
                 f"read; set data.cells_per_batch to at most {len(self.rows)}"
             )
+
+    @property
+    def cells_per_stage(self) -> int:
+        """How many positions of an epoch are read together: a window, or unshuffled as many whole batches."""
+        window = self.block * self.window
+        return window if self.shuffle else max(1, window // self.cells_per_batch) * self.cells_per_batch
+
+    def stages_of(self, k: int) -> range:
+        """Return the stages that hold the cells of global batch k; `rows_of_stage` says which rows these are."""
+        first = k * self.cells_per_batch
+        last = min(first + self.cells_per_batch, len(self.rows)) - 1
+        return range(self._stage(first), self._stage(last) + 1)
+
+    def rows_of_stage(self, epoch: int, stage: int) -> NDArray[np.int64]:
+        """Return the store rows that come at the positions of a stage, sorted, (cells,) int64."""
+        n, first = len(self.rows), stage * self.cells_per_stage
+        last = n if stage == self._stage(n - 1) else first + self.cells_per_stage
+        if not self.shuffle:
+            return np.sort(self._rows_at(np.arange(first, last)))
+        n_blocks = n // self.block
+        blocks = self._shuffled_blocks(epoch, np.arange(first // self.block, min(last // self.block, n_blocks)))
+        slots = (blocks[:, None] * self.block + np.arange(self.block)).ravel()
+        rest = np.arange(n_blocks * self.block, last)  # none but in the last stage
+        return np.sort(self._rows_at(self._rotated(epoch, np.concatenate([slots, rest]))))
+
+    def _stage(self, position: int) -> int:
+        whole = max(len(self.rows) // self.cells_per_stage, 1) - 1
+        return min(position // self.cells_per_stage, whole)
 
     def __len__(self) -> int:
         """Return the global batches of an epoch."""
@@ -55,9 +85,12 @@ class CellOrder:
         positions = np.arange(first, min(first + self.cells_per_batch, len(self.rows)), dtype=np.int64)
         if self.shuffle:
             positions = self._shuffled(epoch, positions)
+        return self._rows_at(positions)
+
+    def _rows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         if isinstance(self.rows, range):
-            return self.rows.start + positions * self.rows.step
-        return self.rows[positions]
+            return self.rows.start + places * self.rows.step
+        return self.rows[places]
 
     def _shuffled(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the place among the rows of each position of the epoch."""
@@ -73,10 +106,29 @@ class CellOrder:
         n_blocks = n // self.block
         # the rows after the last whole block keep their place; the last window mixes them with the others
         whole = slots < n_blocks * self.block
-        blocks = permuted(slots[whole] // self.block, n_blocks, self._key(epoch, 0, BLOCKS))
-        slots[whole] = blocks * self.block + slots[whole] % self.block
-        rotation = below(self._key(epoch, 0, ROTATION) >> 32, n)
-        return (slots + rotation) % n
+        slots[whole] = self._shuffled_blocks(epoch, slots[whole] // self.block) * self.block + slots[whole] % self.block
+        return self._rotated(epoch, slots)
+
+    def _shuffled_blocks(self, epoch: int, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        n_blocks = len(self.rows) // self.block
+        size = max(self.region // self.block, 1)
+        if not self.region or size >= n_blocks:
+            return permuted(blocks, n_blocks, self._key(epoch, 0, BLOCKS))
+        # regions are permuted, and blocks within each; the blocks after the last whole region come last
+        n_regions, shuffled = n_blocks // size, np.empty_like(blocks)
+        region_of = blocks // size
+        for region in np.unique(region_of):
+            here, key = region_of == region, self._key(epoch, 2 + int(region), BLOCKS)
+            image = (
+                permuted(np.array([region]), n_regions, self._key(epoch, 1, BLOCKS)) if region < n_regions else region
+            )
+            inside = min(size, n_blocks - int(region) * size)
+            shuffled[here] = image * size + permuted(blocks[here] - region * size, inside, key)
+        return shuffled
+
+    def _rotated(self, epoch: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        n = len(self.rows)
+        return (slots + below(self._key(epoch, 0, ROTATION) >> 32, n)) % n
 
     def _key(self, epoch: int, part: int, purpose: int) -> np.uint64:
         # numba returns a plain int, and would take a small one for signed

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from scfm.data.expression import take_cells
 from scfm.data.gene_table import GeneTable
-from scfm.data.shards import RESERVED_COLUMNS, ShardWriter, read_manifest
+from scfm.data.shards import RESERVED_COLUMNS, Codec, ShardWriter, default_codec, read_manifest
 from scfm.data.shuffle import Buckets
 from scfm.data.sources import H5adSource
 from scfm.data.store import ValueKind
@@ -118,6 +118,7 @@ def prepare(
     accept_normalised: bool = False,
     keep_order: bool = False,
     cells_per_shard: int = 100_000,
+    codec: Codec | None = None,
     seed: int = 0,
 ) -> PreparedReport:
     """Turn h5ad files into a shard directory with a progress bar, print a table per source, and return its numbers.
@@ -132,6 +133,8 @@ def prepare(
             `data.values: log2` takes them as log2(1 + expression per 10,000).
         keep_order: keep the cells in the order of the sources (inference) instead of shuffling them (training).
         cells_per_shard: about how many cells a shard holds; fewer where cells are very wide.
+        codec: `packed` (half the bytes) or `list` (plain columns of Hugging Face datasets); without it packed for
+            counts, and list for normalised values, which have no packed form.
         seed: of the shuffling.
 
     Raises ScfmError, and writes nothing, where a source, an obs column, the vocabulary or the destination is unusable.
@@ -162,7 +165,7 @@ def prepare(
             n_shards = buckets.close()
             if not n_shards:
                 raise ScfmError(f"no cell is left to write: {_why_empty(reports)}")
-            writer = ShardWriter(building, known, value_kind, categories)
+            writer = ShardWriter(building, known, value_kind, categories, codec or default_codec(value_kind))
             for block, codes in progress.track(buckets.shards(), total=n_shards, description="writing shards"):
                 writer.write(block, codes)
             dealt.rmdir()

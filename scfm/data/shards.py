@@ -5,7 +5,8 @@
     cells.hash       sorted hashes of all profiles
     shards/*.arrow   one Arrow stream with one record batch each; `datasets.Dataset.from_file` reads them too
 
-A row of a shard is a cell: `genes` (list of ids, ascending), `values` (list), and one integer code per obs column.
+A row of a shard is a cell: in the list codec `genes` (list of ids, ascending) and `values` (list); in the packed one
+`cell` (bytes, as scfm.data.packed says) and `n_genes`; in both one integer code per obs column.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +25,23 @@ from numpy.typing import NDArray
 
 from scfm.data.expression import narrowest
 from scfm.data.hashing import profile_hashes, save_hashes
-from scfm.data.store import CellBlock, CellStore, ObsColumn, ValueKind
+from scfm.data.packed import PackedBlock, pack
+from scfm.data.store import Block, CellBlock, CellStore, InFile, Lost, ManyCodes, ObsColumn, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.version import __version__
 
 FORMAT_VERSION = 1
-RESERVED_COLUMNS = ("genes", "values")
-MAX_TOKENS_PER_SHARD = 2**31 - 1  # Arrow's list offsets are int32
+Codec = Literal["list", "packed"]
+COLUMNS: dict[Codec, tuple[str, str]] = {"list": ("genes", "values"), "packed": ("cell", "n_genes")}
+RESERVED_COLUMNS = COLUMNS["list"] + COLUMNS["packed"]
+MappedShard = tuple[Block, InFile, dict[str, NDArray[np.integer]]]  # cells, where they lie, codes of obs columns
+MOST_PER_SHARD = 2**31 - 1  # Arrow's offsets are int32
+
+
+def default_codec(value_kind: ValueKind) -> Codec:
+    """Return the codec of cells for which none is asked: packed, but for normalised values, which it cannot hold."""
+    return "packed" if value_kind == "counts" else "list"
 
 
 @dataclass
@@ -43,16 +53,20 @@ class ShardWriter:
         vocabulary: what the gene ids mean.
         value_kind: counts, or normalised (float32).
         obs: category names of each obs column.
+        codec: how cells are encoded; normalised values have no packed form.
     """
 
     directory: Path
     vocabulary: Vocabulary
     value_kind: ValueKind
     obs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    codec: Codec = "list"
     _shards: list[dict[str, Any]] = field(default_factory=list, init=False)
     _hashes: list[NDArray[np.uint64]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        if self.codec == "packed" and self.value_kind == "normalised":
+            raise ScfmError("--codec packed: it holds counts, and these cells have normalised values; use --codec list")
         (self.directory / "shards").mkdir()
 
     def write(self, block: CellBlock, codes: Mapping[str, NDArray[np.integer]]) -> None:
@@ -62,19 +76,11 @@ class ShardWriter:
             block: the cells; genes ascending within a cell, no zeros; float32 values where the store is normalised.
             codes: (n,) codes of each obs column, -1 for missing.
         """
-        if len(block.genes) > MAX_TOKENS_PER_SHARD:
-            raise ScfmError(
-                f"a shard of {block.n_cells:,} cells holds {len(block.genes):,} values, more than Arrow's "
-                f"{MAX_TOKENS_PER_SHARD:,}; use fewer cells per shard"
-            )
-        offsets = pa.array(block.offsets.astype(np.int32))
         genes, values = narrowest(block.genes), narrowest(block.values)
-        columns = {
-            "genes": pa.ListArray.from_arrays(offsets, pa.array(genes)),
-            "values": pa.ListArray.from_arrays(offsets, pa.array(values)),
-        }
+        narrow = CellBlock(block.offsets, genes, values)
+        columns = _packed_columns(narrow) if self.codec == "packed" else _list_columns(narrow)
         for name, categories in self.obs.items():
-            columns[name] = pa.array(codes[name].astype(np.int16 if len(categories) <= 2**15 else np.int32))
+            columns[name] = pa.array(codes[name].astype(code_type(categories)))
         batch = pa.record_batch(columns)
 
         file = f"shards/{len(self._shards):05d}.arrow"
@@ -102,7 +108,7 @@ class ShardWriter:
             "scfm_version": __version__,
             "vocabulary_hash": self.vocabulary.hash,
             "value_kind": self.value_kind,
-            "codec": "list",
+            "codec": self.codec,
             "cells": sum(shard["cells"] for shard in self._shards),
             "tokens": sum(shard["tokens"] for shard in self._shards),
             **how,
@@ -113,6 +119,35 @@ class ShardWriter:
         written = self.directory / "manifest.json.tmp"
         written.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(written, self.directory / "manifest.json")
+
+
+def code_type(categories: Sequence[str]) -> type[np.signedinteger]:
+    """Return the integer type that obs codes of so many categories are stored in."""
+    return np.int16 if len(categories) <= 2**15 else np.int32
+
+
+def _list_columns(block: CellBlock) -> dict[str, pa.Array]:
+    offsets = _arrow_offsets(block.offsets, "values")
+    return {
+        "genes": pa.ListArray.from_arrays(offsets, pa.array(block.genes)),
+        "values": pa.ListArray.from_arrays(offsets, pa.array(block.values)),
+    }
+
+
+def _packed_columns(block: CellBlock) -> dict[str, pa.Array]:
+    starts, data = pack(block)
+    offsets = _arrow_offsets(starts, "bytes")
+    cells = pa.Array.from_buffers(pa.binary(), block.n_cells, [None, offsets.buffers()[1], pa.py_buffer(data)])
+    return {"cell": cells, "n_genes": pa.array(np.diff(block.offsets).astype(np.int32))}
+
+
+def _arrow_offsets(offsets: NDArray[np.integer], what: str) -> pa.Array:
+    if offsets[-1] > MOST_PER_SHARD:
+        raise ScfmError(
+            f"a shard of {len(offsets) - 1:,} cells holds {offsets[-1]:,} {what}, more than Arrow's "
+            f"{MOST_PER_SHARD:,}; use fewer cells per shard"
+        )
+    return pa.array(offsets.astype(np.int32))
 
 
 def _sha256(path: Path) -> str:
@@ -132,16 +167,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScfmError(f"{path}: not JSON ({error}); build the shards again") from error
     found = (manifest.get("format_version"), manifest.get("codec")) if isinstance(manifest, dict) else (None, None)
-    if found != (FORMAT_VERSION, "list"):
+    if found[0] != FORMAT_VERSION or found[1] not in COLUMNS:
         raise ScfmError(
             f"{path}: shard format {found[0]!r} with codec {found[1]!r}; "
-            f"this scfm reads format {FORMAT_VERSION} with codec 'list'"
+            f"this scfm reads format {FORMAT_VERSION} with codec {' or '.join(COLUMNS)}"
         )
     return manifest
 
 
-def open_shards(directory: str | Path) -> CellStore:
-    """Memory-map a shard directory; nothing but the obs codes is read.
+def open_shards(directory: str | Path, skip_damaged: bool = False) -> CellStore:
+    """Memory-map a shard directory; no cell is read, and no obs code.
+
+    Args:
+        directory: on this machine.
+        skip_damaged: read all shards, compare their SHA-256, and go on without those that are damaged or missing.
 
     Raises ScfmError naming the file where the manifest, the vocabulary or a shard is missing, cut off or does not
     belong to the others.
@@ -151,13 +190,34 @@ def open_shards(directory: str | Path) -> CellStore:
     vocabulary = Vocabulary.load(directory / "vocab.json")
     if vocabulary.hash != manifest["vocabulary_hash"]:
         raise ScfmError(f"{directory / 'vocab.json'}: not the vocabulary that these shards were written with")
-    batches = [_map_shard(directory, shard, list(manifest["obs"])) for shard in manifest["shards"]]
-    codes = {name: [_as_numpy(batch.column(name)) for batch in batches] for name in manifest["obs"]}
+    mapped: list[MappedShard] = []
+    lost: list[Lost] = []
+    first = 0
+    for shard in manifest["shards"]:
+        path = directory / shard["file"]
+        try:
+            one = map_shard(path, shard, manifest, vocabulary.n_genes)
+            if skip_damaged and _sha256(path) != shard["sha256"]:
+                raise ScfmError(f"{path}: is damaged (SHA-256 differs from the manifest's)")
+        except ScfmError as error:
+            if not skip_damaged:
+                raise
+            lost.append(Lost(range(first, first + shard["cells"]), str(error)))
+            one = _without_cells(path, shard, manifest)
+        mapped.append(one)
+        first += shard["cells"]
+    if lost and len(lost) == len(mapped):
+        raise ScfmError(f"{directory}: all {len(lost)} shards are damaged; {lost[0].why}")
     return CellStore(
         vocabulary=vocabulary,
         value_kind=manifest["value_kind"],
-        blocks=[_block(batch) for batch in batches],
-        obs={name: ObsColumn(np.concatenate(codes[name]), manifest["obs"][name]) for name in manifest["obs"]},
+        blocks=[block for block, _, _ in mapped],
+        obs={
+            name: ObsColumn(ManyCodes([codes[name] for _, _, codes in mapped]), categories)
+            for name, categories in manifest["obs"].items()
+        },
+        files=[file for _, file, _ in mapped],
+        lost=lost,
     )
 
 
@@ -178,8 +238,18 @@ def verify_shards(directory: str | Path) -> int:
     return len(shards)
 
 
-def _map_shard(directory: Path, shard: Mapping[str, Any], obs: list[str]) -> pa.RecordBatch:
-    path = directory / shard["file"]
+def map_shard(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any], n_genes: int) -> MappedShard:
+    """Map one shard: return its cells, where they lie, and the codes of its obs columns.
+
+    Args:
+        path: the file.
+        shard: what the manifest says of it.
+        manifest: of the directory.
+        n_genes: size of the vocabulary.
+
+    Raises ScfmError naming the file where it is missing, cut off or not what the manifest says.
+    """
+    columns = [*COLUMNS[manifest["codec"]], *manifest["obs"]]
     if not path.is_file():
         raise ScfmError(f"{path}: the shard is missing; copy the directory again, or build the shards again")
     if path.stat().st_size != shard["bytes"]:
@@ -188,20 +258,44 @@ def _map_shard(directory: Path, shard: Mapping[str, Any], obs: list[str]) -> pa.
             "or belongs to another build"
         )
     try:
-        batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
+        mapped = pa.memory_map(str(path)).read_buffer()
+        batch = pa.ipc.open_stream(mapped).read_next_batch()
     except (pa.ArrowException, StopIteration, OSError) as error:
         raise ScfmError(f"{path}: not a readable Arrow stream ({error})") from error
-    if batch.schema.names != [*RESERVED_COLUMNS, *obs] or batch.num_rows != shard["cells"]:
+    if batch.schema.names != columns or batch.num_rows != shard["cells"]:
         raise ScfmError(
             f"{path}: holds {batch.num_rows:,} cells with columns {batch.schema.names}, but the manifest says "
-            f"{shard['cells']:,} cells with {[*RESERVED_COLUMNS, *obs]}; the shard belongs to another build"
+            f"{shard['cells']:,} cells with {columns}; the shard belongs to another build"
         )
-    return batch
+    block, addresses = _block(batch, shard, str(path), n_genes)
+    file = InFile(path, shard["bytes"], tuple(address - mapped.address for address in addresses))
+    return block, file, {name: _as_numpy(batch.column(name)) for name in manifest["obs"]}
 
 
-def _block(batch: pa.RecordBatch) -> CellBlock:
-    genes, values = batch.column("genes"), batch.column("values")
-    return CellBlock(_as_numpy(genes.offsets), _as_numpy(genes.values), _as_numpy(values.values))
+def _without_cells(path: Path, shard: Mapping[str, Any], manifest: Mapping[str, Any]) -> MappedShard:
+    """Stand for a lost shard, so that rows keep their numbers: cells without genes, of the first category."""
+    n = shard["cells"]
+    block = CellBlock(np.zeros(n + 1, np.int32), np.empty(0, shard["genes"]), np.empty(0, shard["values"]))
+    return block, InFile(path, shard["bytes"], (0, 0)), {name: np.zeros(n, np.int16) for name in manifest["obs"]}
+
+
+def _block(batch: pa.RecordBatch, shard: Mapping[str, Any], name: str, n_genes: int) -> tuple[Block, list[int]]:
+    """Return the cells of a shard, and the addresses of the arrays that hold their values."""
+    if "cell" not in batch.schema.names:
+        genes, values = batch.column("genes"), batch.column("values")
+        arrays = [_as_numpy(genes.values), _as_numpy(values.values)]
+        return CellBlock(_as_numpy(genes.offsets), *arrays), [array.ctypes.data for array in arrays]
+    _, starts, data = batch.column("cell").buffers()
+    block = PackedBlock(
+        starts=np.frombuffer(starts, np.int32, batch.num_rows + 1),
+        sizes=_as_numpy(batch.column("n_genes")),
+        data=np.frombuffer(data, np.uint8),
+        genes=np.dtype(shard["genes"]),
+        values=np.dtype(shard["values"]),
+        n_genes=n_genes,
+        name_of=lambda place: f"{name}: cell {place:,}",
+    )
+    return block, [data.address]
 
 
 def _as_numpy(array: pa.Array) -> NDArray:

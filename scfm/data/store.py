@@ -5,9 +5,11 @@ Shards on disk and an AnnData in memory both become a `CellStore`; everything do
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,12 @@ from scfm.data.vocabulary import Vocabulary
 
 ValueKind = Literal["counts", "normalised"]
 
+PART = 4096  # cells decoded at a time where all are read in turn
+
 
 @dataclass(frozen=True)
 class CellBlock:
-    """Rows stored together, as in a CSR matrix whose columns are vocabulary ids.
+    """Rows as in a CSR matrix whose columns are vocabulary ids: the form in which cells of any codec are read.
 
     Attributes:
         offsets: (n + 1,) int32 or int64 start of each row in `genes` and `values`.
@@ -35,12 +39,108 @@ class CellBlock:
     def n_cells(self) -> int:
         return len(self.offsets) - 1
 
+    def lengths(self, places: NDArray[np.int64]) -> NDArray[np.int32]:
+        return (self.offsets[places + 1] - self.offsets[places]).astype(np.int32, copy=False)
+
+    def gather(self, places: NDArray[np.int64]) -> tuple[CellBlock, NDArray[np.int64]]:
+        return self, places
+
+    def between(self, first: int, last: int) -> CellBlock:
+        """Return rows `first` to `last - 1`; nothing but their offsets is copied."""
+        offsets = self.offsets[first : last + 1]
+        inside = slice(offsets[0], offsets[-1])
+        return CellBlock(offsets - offsets[0], self.genes[inside], self.values[inside])
+
+
+class Block(Protocol):
+    """Rows stored together, in any codec."""
+
+    @property
+    def n_cells(self) -> int: ...
+
+    def lengths(self, places: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the number of non-zero genes of the rows at some places, (n,)."""
+
+    def gather(self, places: NDArray[np.int64]) -> tuple[CellBlock, NDArray[np.int64]]:
+        """Return a block that holds the rows at some places, (n,), and their places in it."""
+
+
+class Rows(Protocol):
+    """Cells that can be read by row: a store, or a part of it that is in memory."""
+
+    def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]: ...
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]: ...
+
+
+@dataclass(frozen=True)
+class InFile:
+    """Where a mapped block lies.
+
+    Attributes:
+        path: the shard.
+        n_bytes: size of the shard.
+        starts: the byte of the file at which each of the block's large arrays begins.
+    """
+
+    path: Path
+    n_bytes: int
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Rows that are left out, and why."""
+
+    rows: range
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class ManyCodes:
+    """Codes that lie in several arrays, one after the other, and are read where they are asked for.
+
+    Rows are asked for as of a numpy array: by numbers, a mask or a slice. `np.asarray` reads all.
+    """
+
+    arrays: Sequence[Any]  # numpy's, or what can be asked for rows like one
+
+    @cached_property
+    def _first_rows(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(array) for array in self.arrays)], dtype=np.int64)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(np.int16, *{array.dtype for array in self.arrays})
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __getitem__(self, rows: NDArray | Sequence[int] | slice) -> NDArray[np.integer]:
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        found = np.empty(len(rows), self.dtype)
+        array_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for a in np.unique(array_of):
+            here = array_of == a
+            found[here] = self.arrays[a][rows[here] - self._first_rows[a]]
+        return found
+
+    def __eq__(self, other: object) -> NDArray[np.bool_]:  # type: ignore[override]
+        return np.asarray(self) == other
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> NDArray:
+        return np.concatenate([np.empty(0, np.int16), *map(np.asarray, self.arrays)]).astype(
+            dtype or self.dtype, copy=False
+        )
+
 
 @dataclass(frozen=True)
 class ObsColumn:
     """A categorical obs column: (N,) integer codes (-1 for missing) and the category names."""
 
-    codes: NDArray[np.integer]
+    codes: NDArray[np.integer] | ManyCodes
     categories: list[str]
 
 
@@ -54,13 +154,17 @@ class CellStore:
         blocks: the rows, block after block.
         obs: categorical columns carried along, by name.
         cell_names: (N,) obs names where known.
+        files: where each block lies, if the blocks are mapped files.
+        lost: rows that exist in name only, for their shard is damaged and the caller wished to go on without it.
     """
 
     vocabulary: Vocabulary
     value_kind: ValueKind
-    blocks: list[CellBlock]
+    blocks: Sequence[Block]
     obs: dict[str, ObsColumn] = field(default_factory=dict)
     cell_names: NDArray[np.object_] | None = None
+    files: Sequence[InFile] = ()
+    lost: Sequence[Lost] = ()
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -71,6 +175,13 @@ class CellStore:
     def n_cells(self) -> int:
         return int(self.first_rows[-1])
 
+    def without_lost(self, rows: range | NDArray[np.int64]) -> range | NDArray[np.int64]:
+        """Return those of some rows that are not lost."""
+        for lost in self.lost:
+            array = np.asarray(rows)
+            rows = array[(array < lost.rows.start) | (array >= lost.rows.stop)]
+        return rows
+
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the block of each row, and the row's place in it."""
         block = np.searchsorted(self.first_rows, rows, side="right") - 1
@@ -79,8 +190,27 @@ class CellStore:
     def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """Return the number of non-zero genes of each row."""
         counts = np.empty(len(rows), np.int32)
-        block_of, place = self.locate(rows)
-        for b in np.unique(block_of):
-            at, offsets = block_of == b, self.blocks[b].offsets
-            counts[at] = offsets[place[at] + 1] - offsets[place[at]]
+        for b, cells, places in self._by_block(rows):
+            counts[cells] = self.blocks[b].lengths(places)
         return counts
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield blocks that together hold the rows, which of the rows each holds, and their places in it."""
+        for b, cells, places in self._by_block(rows):
+            block, inside = self.blocks[b].gather(places)
+            yield block, cells, inside
+
+    def in_turn(self) -> Iterator[CellBlock]:
+        """Yield all rows in their order, a few thousand at a time."""
+        for block in self.blocks:
+            for first in range(0, block.n_cells, PART):
+                places = np.arange(first, min(first + PART, block.n_cells))
+                part, inside = block.gather(places)
+                yield part.between(int(inside[0]), int(inside[-1]) + 1)
+
+    def _by_block(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        block_of, places = self.locate(rows)
+        order = np.argsort(block_of, kind="stable")
+        ends = np.flatnonzero(np.diff(block_of[order])) + 1
+        for cells in np.split(order, ends) if len(rows) else []:
+            yield int(block_of[cells[0]]), cells, places[cells]

@@ -6,7 +6,7 @@ on the number of threads or processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +27,7 @@ from scfm.data.masking import (
     streams_of,
 )
 from scfm.data.random import CHOICE, HIDDEN, SHOWN, TIES
-from scfm.data.store import CellBlock, CellStore, ValueKind
+from scfm.data.store import CellBlock, Rows, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
@@ -111,7 +111,7 @@ class Tokeniser:
             self.levels = np.unique(np.asarray(seen, np.float32))
 
     def plan(
-        self, store: CellStore, rows: NDArray[np.int64], keys: NDArray[np.uint64], epoch: int
+        self, store: Rows, rows: NDArray[np.int64], keys: NDArray[np.uint64], epoch: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the tokens of each cell, `<cls>` included, and how many of its genes are unknown, (n,) int32 each."""
         if self.config.genes == "all":
@@ -126,11 +126,11 @@ class Tokeniser:
         return kept + np.int32(1), n_unknown
 
     def _expressed(
-        self, store: CellStore, rows: NDArray[np.int64], choice_streams: NDArray[np.uint64], kept: NDArray[np.int32]
+        self, store: Rows, rows: NDArray[np.int64], choice_streams: NDArray[np.uint64], kept: NDArray[np.int32]
     ) -> NDArray[np.int32]:
         """Return how many of the kept genes of each cell have a value that is not 0, (n,)."""
         counts = np.empty(len(rows), np.int32)
-        for block, cells, places in _by_block(store, rows):
+        for block, cells, places in store.parts(rows):
             if self.config.values == "log2":
                 starts, read = self._log2_bins(block, places)
             else:  # stored values are not 0, and their quantile bins are none either
@@ -141,7 +141,7 @@ class Tokeniser:
 
     def fill(
         self,
-        store: CellStore,
+        store: Rows,
         rows: NDArray[np.int64],
         keys: NDArray[np.uint64],
         epoch: int,
@@ -169,7 +169,7 @@ class Tokeniser:
         )
         specials = (self.vocabulary.cls, config.cls_value, config.mask_value)
         hiding = (config.mask_candidates == "expressed", round(config.mask_kept * 2**32))
-        for block, cells, places in _by_block(store, rows):
+        for block, cells, places in store.parts(rows):
             read_starts, read = self._read(block, places, tie_streams[cells])
             plans = (starts[cells], lengths[cells], n_unknown[cells])
             of_cells = (draws[0][cells], draws[1][cells], draws[2][cells])
@@ -201,17 +201,6 @@ class Tokeniser:
     def conditions_of(self, genes: NDArray[np.int32]) -> dict[str, NDArray[np.int64]]:
         """Return name -> (T,) condition index of each token."""
         return {name: table[genes] for name, table in self.gene_conditions.items()}
-
-
-def _by_block(
-    store: CellStore, rows: NDArray[np.int64]
-) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield each block that holds some of the rows, which of the rows it holds, and their places in it."""
-    block_of, places = store.locate(rows)
-    order = np.argsort(block_of, kind="stable")
-    ends = np.flatnonzero(np.diff(block_of[order])) + 1
-    for cells in np.split(order, ends) if len(rows) else []:
-        yield store.blocks[block_of[cells[0]]], cells, places[cells]
 
 
 def _room_for_bins(block: CellBlock, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:

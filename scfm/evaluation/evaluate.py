@@ -41,7 +41,7 @@ def evaluate(
         config: fine-tuning recipe; the bundled one of the task if not given.
         seeds: How often everything is repeated; one seed says nothing of the spread.
     """
-    from scfm.data.hashing import profile_hashes
+    from scfm.data.hashing import store_hashes
     from scfm.evaluation.harness import compare
     from scfm.evaluation.methods import FineTuned
     from scfm.evaluation.report import print_report, write_report
@@ -63,9 +63,7 @@ def evaluate(
         adata, splits = query, within(query, label, seeds)
     else:
         adata, splits = across(labelled(read_anndata(Path(reference)), label, reference), query, label, seeds)
-    store = start.store(adata)
-    keys = start.files.vocabulary.gene_keys
-    hashes = np.concatenate([profile_hashes(b.offsets, b.genes, b.values, keys) for b in store.blocks])
+    hashes = store_hashes(start.store(adata))
     sections = read_yaml(Path(config)) if config else {}
     method = FineTuned(f"{start.files.model.name} (scfm)", Path(model), folder / "runs", sections)
     comparison = compare([method], adata, label, splits, task=task, cell_hashes=hashes)

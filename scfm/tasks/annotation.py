@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights, save_model
-from scfm.data.hashing import profile_hashes
-from scfm.data.shards import open_shards, read_manifest
+from scfm.data.hashing import store_hashes
+from scfm.data.remote import find_shards
 from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
@@ -42,15 +42,15 @@ def finetune(recipe: Recipe, resume: str | None = None) -> Path:
         raise ScfmError("from: is not set; name the model directory to start from (--from MODEL)")
     if recipe.data.shards is None:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
-    shards = Path(recipe.data.shards)
+    shards = find_shards(recipe.data.shards, recipe.data.cache, recipe.data.cache_gb)
     files = read_model(recipe.from_model)
-    store = open_shards(shards)
+    store = shards.open()
     if store.vocabulary.hash != files.vocabulary.hash:
         raise ScfmError(
-            f"{shards}: its genes are numbered by another vocabulary than the model's; prepare the cells again with "
-            f"`scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
+            f"{shards.location}: its genes are numbered by another vocabulary than the model's; prepare them again "
+            f"with `scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
         )
-    return run_on(recipe, files, store, {"manifest": read_manifest(shards)}, resume)
+    return run_on(recipe, files, store, {"manifest": shards.manifest}, resume)
 
 
 def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any]) -> PretrainedModel:
@@ -177,7 +177,6 @@ def split_rows(
 
 def all_hashes(store: CellStore, rows: NDArray[np.int64], files: ModelFiles) -> NDArray[np.uint64]:
     """Return the sorted hashes of the cells used here and of those that the model had seen before."""
-    keys = files.vocabulary.gene_keys
-    hashes = np.concatenate([profile_hashes(b.offsets, b.genes, b.values, keys) for b in store.blocks])[rows]
+    hashes = store_hashes(store)[rows]
     before = hashes[:0] if files.cell_hashes is None else files.cell_hashes
     return np.sort(np.concatenate([hashes, before]))

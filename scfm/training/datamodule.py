@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scfm.data.access import choose
 from scfm.data.batch import PackedBatch
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
@@ -53,10 +54,11 @@ class CellDataModule(L.LightningDataModule):
         self.train_rows, self.valid_rows = train_rows, valid_rows
         self.cell_conditions, self.seed = cell_conditions, seed
         self.loader: EpochLoader | None = None
+        self.access = choose(store, config.read)
 
     def pack_loader(self, rows: Rows, *, shuffle: bool, rank: int, world_size: int) -> PackLoader:
         """Return a loader over some rows, as one rank of several sees it."""
-        order = CellOrder(rows, self.config.cells_per_batch, self.seed, shuffle=shuffle)
+        order = CellOrder(rows, self.config.cells_per_batch, self.seed, shuffle=shuffle, region=self.access.region)
         return PackLoader(
             self.store,
             order,
@@ -66,6 +68,7 @@ class CellDataModule(L.LightningDataModule):
             cell_conditions=self.cell_conditions,
             rank=rank,
             world_size=world_size,
+            reader=self.access.reader,
             threads=self.config.threads,
             prefetch=self.config.prefetch,
             pin_memory=torch.cuda.is_available(),

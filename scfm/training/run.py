@@ -83,16 +83,16 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     Raises:
         ScfmError: the recipe cannot work, or the run directory holds something else.
     """
-    from scfm.data.shards import open_shards, read_manifest
+    from scfm.data.remote import find_shards
 
     check(recipe)
     if recipe.data.shards is None:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
-    shards = Path(recipe.data.shards)
-    manifest = read_manifest(shards)
-    job = pretraining_job(recipe, open_shards(shards), shuffled=manifest.get("shuffled", False))
+    shards = find_shards(recipe.data.shards, recipe.data.cache, recipe.data.cache_gb)
+    manifest, store = shards.manifest, shards.open(recipe.data.skip_damaged)
+    job = pretraining_job(recipe, store, shuffled=manifest.get("shuffled", False))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
-    job.files.cell_hashes = load_hashes(shards / "cells.hash")
+    job.files.cell_hashes = load_hashes(shards.index / "cells.hash")
     return fit(job, open_run(recipe, resume))
 
 
@@ -129,7 +129,10 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
     torch.manual_seed(recipe.seed)
     network = files.build()
     notes = [fill_gene_vectors(network, recipe, store.vocabulary)] if recipe.model.gene_table else []
-    train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
+    rows = store.without_lost(range(store.n_cells))
+    train_rows, valid_rows = hold_out(len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
+    if not isinstance(rows, range):
+        train_rows, valid_rows = rows[np.asarray(train_rows)], rows[np.asarray(valid_rows)]
     return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, notes)
 
 
@@ -165,7 +168,8 @@ def fit(job: Job, run: RunDirectory) -> Path:
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
     if trainer.is_global_zero:
-        for line in (opening_line(job, trainer), *job.notes):
+        lost = [f"{len(lost.rows):,} cells are left out: {lost.why}" for lost in job.store.lost]
+        for line in (opening_line(job, trainer), data.access.said, *lost, *job.notes):
             progress.say(trainer, line)
         if validates and run.resume_from is None and (found := measured_baselines(job, data)):
             metrics.log_metrics(found, step=0)

@@ -22,6 +22,7 @@ def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["cells_per_cpu_second"]["median"] > 0
     assert 85 < result["genes_per_cell"] < 115
     assert 50 < result["tokens_per_cell"] <= 81
+    assert 0 < result["bytes_per_cell_zstd"] < result["bytes_per_cell"] < 100 * 2.3 + 100
     assert {"commit", "machine", "versions", "device", "max_genes", "mask_ratios", "threads"} <= result.keys()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -96,3 +98,20 @@ def test_batches_of_a_sorted_corpus_are_nearly_as_mixed_as_by_chance() -> None:
     by_chance = np.mean([entropy(generator.integers(0, n, batch)) for _ in range(50)])
     ours = np.mean([entropy(order.batch(0, k)) for k in range(0, len(order), 16)])
     assert ours > 0.97 * by_chance
+
+
+@pytest.mark.parametrize("region", [1, 30, 128, 300, 5000])
+def test_regions_are_an_order_like_any_other(region: int) -> None:
+    order = CellOrder(range(1003), 17, seed=1, block=4, window=8, region=region)
+    assert len(set(epoch_rows(order, 0).tolist())) == 1003 // 17 * 17
+    assert epoch_rows(order, 0).tolist() != epoch_rows(order, 1).tolist()
+
+
+def test_seeking_in_a_hundred_million_cells_costs_nothing() -> None:
+    order = CellOrder(range(100_000_000), 512, seed=1)
+    order.batch(0, 0)
+    started = time.perf_counter()
+    for k in (0, 77_777, len(order) - 1):
+        held = np.concatenate([order.rows_of_stage(3, stage) for stage in order.stages_of(k)])
+        assert np.isin(order.batch(3, k), held).all()
+    assert time.perf_counter() - started < 1

@@ -17,7 +17,7 @@ from scfm.data import shuffle as shuffle_module
 from scfm.data import sources as sources_module
 from scfm.data.hashing import load_hashes
 from scfm.data.prepare import ALL_ZERO, NOT_PRIMARY, prepare
-from scfm.data.shards import open_shards, read_manifest, verify_shards
+from scfm.data.shards import Codec, open_shards, read_manifest, verify_shards
 from scfm.data.store import CellStore
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
@@ -38,7 +38,7 @@ def source(path: Path, values: np.ndarray, var: pd.DataFrame | None = None, **ob
 
 
 def by_symbol(store: CellStore) -> np.ndarray:
-    parts = [csr_matrix((b.values, b.genes, b.offsets), (b.n_cells, store.vocabulary.n_genes)) for b in store.blocks]
+    parts = [csr_matrix((b.values, b.genes, b.offsets), (b.n_cells, store.vocabulary.n_genes)) for b in store.in_turn()]
     return np.concatenate([part.toarray() for part in parts])[:, [store.vocabulary.names.index(s) for s in SYMBOLS]]
 
 
@@ -66,7 +66,7 @@ def test_sources_become_one_shuffled_store(files: Path, tmp_path: Path) -> None:
     first = np.pad(counts(30, 0)[:, :3] + 1, ((0, 0), (0, 2)))
     assert rows_of(by_symbol(store)) == rows_of(np.concatenate([first, counts(20, 1) + 1]))
     assert [block.n_cells for block in store.blocks] == [17, 17, 16]
-    for block in store.blocks:  # neither source fills a shard alone
+    for block in store.in_turn():  # neither source fills a shard alone
         assert 0 < (np.diff(block.offsets) == 5).sum() < block.n_cells
     assert verify_shards(tmp_path / "out") == 3
     assert len(load_hashes(tmp_path / "out/cells.hash")) == 50
@@ -92,6 +92,17 @@ def test_the_order_is_kept_on_demand(files: Path, tmp_path: Path) -> None:
     store = open_shards(tmp_path / "out")
     assert [block.n_cells for block in store.blocks] == [8, 8, 4]
     np.testing.assert_array_equal(by_symbol(store), counts(20, 1) + 1)
+
+
+@pytest.mark.parametrize("codec", ["list", "packed"])
+def test_the_codec_changes_how_cells_are_stored_and_nothing_else(files: Path, tmp_path: Path, codec: Codec) -> None:
+    prepare([files], tmp_path / "default")
+    prepare([files], tmp_path / "out", codec=codec)
+    assert [read_manifest(tmp_path / out)["codec"] for out in ("default", "out")] == ["packed", codec]
+    stores = [open_shards(tmp_path / out) for out in ("default", "out")]
+    np.testing.assert_array_equal(*(by_symbol(store) for store in stores))
+    hashes = [(tmp_path / out / "cells.hash").read_bytes() for out in ("default", "out")]
+    assert hashes[0] == hashes[1]
 
 
 def test_the_same_seed_gives_the_same_files(files: Path, tmp_path: Path) -> None:
@@ -120,7 +131,7 @@ def test_a_given_vocabulary_decides_genes_and_their_order(files: Path, tmp_path:
     report = prepare([files / "a.h5ad"], tmp_path / "out", vocabulary=tmp_path / "genes.txt")
     store = open_shards(tmp_path / "out")
     assert store.vocabulary.names[:3] == ["LYZ", "ENSG00000141510", "UNHEARD"]
-    assert {int(gene) for block in store.blocks for gene in block.genes} == {1}
+    assert {int(gene) for block in store.in_turn() for gene in block.genes} == {1}
     assert (report.sources[0].genes, report.sources[0].genes_matched) == (3, 1)
     assert prepare([files], tmp_path / "both", vocabulary=tmp_path / "symbols.txt").cells == 50
 
@@ -142,7 +153,7 @@ def test_normalised_sources_are_float32_and_make_the_whole_store_normalised(tmp_
     report = prepare([first, second], tmp_path / "out", accept_normalised=True)
     store = open_shards(tmp_path / "out")
     assert store.value_kind == report.value_kind == "normalised"
-    assert {block.values.dtype for block in store.blocks} == {np.dtype(np.float32)}
+    assert {block.values.dtype for block in store.in_turn()} == {np.dtype(np.float32)}
     expected = np.concatenate([counts(10, 0) + 1, np.log1p(counts(10, 1) + 1)]).astype(np.float32)
     assert rows_of(by_symbol(store)) == rows_of(expected)
 
@@ -297,7 +308,7 @@ def test_real_sources_keep_every_count(shared: Path, tmp_path: Path) -> None:
     kept = example.raw.X[example.obs["is_primary_data"].to_numpy().astype(bool)]
     spike_ins = example.raw.var_names.str.startswith("ERCC-")
     expected = [ad.read_h5ad(path).X.sum() for path in paths[:2]] + [kept[:, ~spike_ins].sum()]
-    totals = np.concatenate([np.add.reduceat(b.values.astype(np.int64), b.offsets[:-1]) for b in store.blocks])
+    totals = np.concatenate([np.add.reduceat(b.values.astype(np.int64), b.offsets[:-1]) for b in store.in_turn()])
     for code, total in enumerate(expected):
         assert totals[store.obs["source"].codes == code].sum() == total
 

@@ -11,8 +11,8 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from scfm.data.expression import narrowest
-from scfm.data.hashing import load_hashes, profile_hashes
-from scfm.data.shards import ShardWriter, open_shards, read_manifest, verify_shards
+from scfm.data.hashing import load_hashes, profile_hashes, store_hashes
+from scfm.data.shards import Codec, ShardWriter, default_codec, open_shards, read_manifest, verify_shards
 from scfm.data.store import CellBlock, CellStore, ValueKind
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
@@ -38,9 +38,9 @@ def as_csr(store: CellStore) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def build(directory: Path, *parts: csr_matrix, value_kind: ValueKind = "counts") -> Path:
+def build(directory: Path, *parts: csr_matrix, value_kind: ValueKind = "counts", codec: Codec = "list") -> Path:
     directory.mkdir()
-    writer = ShardWriter(directory, VOCABULARY, value_kind, obs={"cell_type": TYPES})
+    writer = ShardWriter(directory, VOCABULARY, value_kind, obs={"cell_type": TYPES}, codec=codec)
     for cells in parts:
         writer.write(as_block(cells), {"cell_type": np.arange(cells.shape[0]) % 3 - 1})
     writer.finish()
@@ -161,6 +161,79 @@ def test_a_changed_byte_is_found_by_verify_only(shards: Path) -> None:
     open_shards(shards)
     with pytest.raises(ScfmError, match=r"1 of 2 shards are damaged .*: shards/00001\.arrow"):
         verify_shards(shards)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "changed"])
+def test_a_damaged_shard_can_be_left_out(shards: Path, damage: str) -> None:
+    path = shards / "shards/00000.arrow"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-8] if damage == "cut off" else content[:-1] + b"?")
+    store = open_shards(shards, skip_damaged=True)
+    assert store.n_cells == 80  # rows keep their numbers
+    assert [lost.rows for lost in store.lost] == [range(50)]
+    assert "00000.arrow: " in store.lost[0].why
+    assert np.asarray(store.without_lost(range(80))).tolist() == list(range(50, 80))
+    assert store.without_lost(np.array([3, 60, 49, 50])).tolist() == [60, 50]
+    np.testing.assert_array_equal(as_csr(store)[50:], some_cells(30, 1).toarray())
+    assert store.obs["cell_type"].codes[np.arange(50, 53)].tolist() == [-1, 0, 1]
+
+
+def test_shards_that_are_all_damaged_are_an_error(shards: Path) -> None:
+    for path in (shards / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(ScfmError, match=r"all 2 shards are damaged; .*00000\.arrow: the shard is missing"):
+        open_shards(shards, skip_damaged=True)
+
+
+def test_nothing_is_left_out_of_whole_shards(shards: Path) -> None:
+    assert open_shards(shards, skip_damaged=True).lost == []
+    assert open_shards(shards).without_lost(range(80)) == range(80)
+
+
+@pytest.mark.parametrize("codec", ["list", "packed"])
+def test_both_codecs_hold_the_same_cells(tmp_path: Path, codec: Codec) -> None:
+    cells = some_cells(200, 3, largest=70_000)
+    store = open_shards(build(tmp_path / "s", cells, some_cells(1, 4), codec=codec))
+    rows = np.random.default_rng(0).permutation(200)
+    dense = np.zeros((200, VOCABULARY.n_genes), np.int64)
+    for block, at, places in store.parts(rows):
+        dense[at] = csr_matrix((block.values, block.genes, block.offsets), (block.n_cells, 300)).toarray()[places]
+    np.testing.assert_array_equal(dense, cells.toarray()[rows])
+    assert store.n_genes(rows).tolist() == (cells.toarray()[rows] > 0).sum(1).tolist()
+    assert read_manifest(tmp_path / "s")["codec"] == codec
+    each = profile_hashes(cells.indptr, cells.indices.astype(np.uint16), cells.data, VOCABULARY.gene_keys)
+    np.testing.assert_array_equal(store_hashes(store)[:200], each)
+    assert sum(part.n_cells for part in store.in_turn()) == 201
+
+
+def test_hugging_face_datasets_read_a_packed_shard(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    cells = some_cells(50, 0)
+    dataset = Dataset.from_file(str(build(tmp_path / "s", cells, codec="packed") / "shards/00000.arrow"))
+    assert dataset.column_names == ["cell", "n_genes", "cell_type"]
+    assert dataset[7]["n_genes"] == cells[7].nnz
+    gaps = np.frombuffer(dataset[7]["cell"], np.uint8)[: cells[7].nnz]
+    assert (np.cumsum(gaps.astype(int) + 1) - 1).tolist() == cells[7].indices.tolist()
+
+
+def test_normalised_values_are_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(ScfmError, match=r"--codec packed: it holds counts, .* use --codec list"):
+        ShardWriter(tmp_path, VOCABULARY, "normalised", codec="packed")
+    assert (default_codec("counts"), default_codec("normalised")) == ("packed", "list")
+
+
+def test_codes_of_many_shards_are_asked_for_like_an_array(shards: Path) -> None:
+    codes = open_shards(shards).obs["cell_type"].codes
+    whole = np.concatenate([np.arange(50) % 3 - 1, np.arange(30) % 3 - 1])
+    np.testing.assert_array_equal(np.asarray(codes), whole)
+    assert (len(codes), codes.dtype) == (80, np.int16)
+    assert codes[48:53].tolist() == whole[48:53].tolist()
+    assert codes[whole == 1].tolist() == [1] * (whole == 1).sum()
+    np.testing.assert_array_equal(codes == 0, whole == 0)
 
 
 def test_a_foreign_vocabulary_is_named(shards: Path) -> None:

@@ -1,0 +1,66 @@
+"""Reads ahead: the cells of a stage of the order come into memory while those of the stage before are used."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.data.order import CellOrder
+from scfm.data.reading import Reader, Several
+from scfm.data.store import Rows
+
+Part = tuple[NDArray[np.int64], Rows]
+
+
+class Stages:
+    """The stages of an epoch, each loaded once and released when the last batch that needs it has been delivered.
+
+    Args:
+        order: which rows come in which stage.
+        epoch: of the order.
+        reader: how rows are loaded.
+    """
+
+    def __init__(self, order: CellOrder, epoch: int, reader: Reader) -> None:
+        self.order, self.epoch, self.reader = order, epoch, reader
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="scfm-stage")
+        self._lock = Lock()
+        self._loading: dict[int, Future[Part]] = {}
+        self._last = order.stages_of(len(order) - 1)[-1] if len(order) else -1
+
+    def of(self, k: int) -> Rows:
+        """Wait for the stages of global batch k and return their cells."""
+        with self._lock:
+            futures = [self._begin(stage) for stage in self.order.stages_of(k)]
+        parts = [future.result() for future in futures]
+        _, first = parts[0]
+        return first if all(loaded is first for _, loaded in parts) else Several(parts)
+
+    def delivered(self, k: int) -> None:
+        """Let go of the stages that no batch after k needs; the next begins to load where fewer than two are held."""
+        needed = self.order.stages_of(k + 1).start if k + 1 < len(self.order) else self._last + 1
+        with self._lock:
+            for stage in [stage for stage in self._loading if stage < needed]:
+                self.reader.release(self._loading.pop(stage).result()[1])
+            following = max(self._loading, default=needed) + 1
+            if len(self._loading) < 2 and following <= self._last:
+                self._begin(following)
+
+    def close(self) -> None:
+        """End the thread, and let go of all that was loaded."""
+        self._pool.shutdown(cancel_futures=True)
+        for future in self._loading.values():
+            if not future.cancelled() and future.exception() is None:
+                self.reader.release(future.result()[1])
+
+    def _begin(self, stage: int) -> Future[Part]:
+        if stage not in self._loading:
+            self._loading[stage] = self._pool.submit(self._load, stage)
+        return self._loading[stage]
+
+    def _load(self, stage: int) -> Part:
+        rows = self.order.rows_of_stage(self.epoch, stage)
+        return rows, self.reader.load(rows)

@@ -1,0 +1,262 @@
+"""How the bytes of shards reach memory: by memory map, or by reads of whole runs of cells, several in flight.
+
+A map costs nothing where the data stay in the page cache. Where they do not, it waits for one page after another, and
+each wait reads far more than the cell; then runs of neighbouring cells are read into buffers of the process instead.
+Either way the order of the cells is known, so both begin before the cells are needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.data.packed import PackedBlock
+from scfm.data.store import Block, CellBlock, CellStore, Rows
+from scfm.errors import ScfmError
+
+IN_FLIGHT = 4  # reads at a time
+HOLE = 32  # cells that are read although nobody wants them, rather than read what is before and behind them apart
+
+Run = tuple[int, int, int]  # block, first place in it, place after the last
+Job = tuple[Path, int, memoryview]  # file, first byte, where the bytes go
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Some rows of a store, in memory.
+
+    Attributes:
+        rows: (m,) the rows, ascending.
+        at: (m,) the row of `cells` that holds each.
+        cells: a store of nothing but these rows.
+        memory: what its arrays lie in.
+    """
+
+    rows: NDArray[np.int64]
+    at: NDArray[np.int64]
+    cells: CellStore
+    memory: list[NDArray[np.uint8]]
+
+    def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        return self.cells.n_genes(self._at(rows))
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
+        return self.cells.parts(self._at(rows))
+
+    def _at(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        if (self.rows[place] != rows).any():
+            raise KeyError("a row that was not loaded")
+        return self.at[place]
+
+
+class Several:
+    """Rows of which some lie here and some there.
+
+    Args:
+        parts: the rows that are somewhere, ascending, and the cells there.
+    """
+
+    def __init__(self, parts: Sequence[tuple[NDArray[np.int64], Rows]]) -> None:
+        self._parts = parts
+
+    def n_genes(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        counts = np.empty(len(rows), np.int32)
+        for part, cells in self._split(rows):
+            counts[cells] = part.n_genes(rows[cells])
+        return counts
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[CellBlock, NDArray[np.int64], NDArray[np.int64]]]:
+        for part, mine in self._split(rows):
+            for block, cells, places in part.parts(rows[mine]):
+                yield block, mine[cells], places
+
+    def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Rows, NDArray[np.int64]]]:
+        left = np.arange(len(rows))
+        for there, part in self._parts:
+            found = np.isin(rows[left], there)
+            if found.any():
+                yield part, left[found]
+            left = left[~found]
+
+
+class Reader(Protocol):
+    """Brings cells of a store into memory."""
+
+    def load(self, rows: NDArray[np.int64]) -> Rows:
+        """Return some rows, ascending, ready to be read."""
+
+    def release(self, loaded: Rows) -> None:
+        """Let go of what `load` returned; nobody reads it any more."""
+
+
+class MapReader:
+    """Reads cells where they are mapped, and has the kernel fetch those that come next."""
+
+    def __init__(self, store: CellStore) -> None:
+        self.store = store
+
+    def load(self, rows: NDArray[np.int64]) -> Rows:
+        """Ask for the pages of ascending rows, and return the store. Raises ScfmError that names a file cut off."""
+        for b, first, last in _runs(self.store, rows):
+            file, (index, arrays) = self.store.files[b], _arrays(self.store.blocks[b])
+            descriptor = os.open(file.path, os.O_RDONLY)
+            for array, start in zip(arrays, file.starts, strict=True):
+                at, n_bytes = _span(index, array, start, first, last)
+                os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
+            os.close(descriptor)
+        return self.store
+
+    def release(self, loaded: Rows) -> None:
+        """Nothing is held."""
+
+
+class RunReader:
+    """Reads runs of neighbouring cells into memory, several at a time.
+
+    Args:
+        store: cells that lie in files.
+        in_flight: reads at a time.
+    """
+
+    def __init__(self, store: CellStore, in_flight: int = IN_FLIGHT) -> None:
+        self.store, self.in_flight = store, in_flight
+        self._spare: list[NDArray[np.uint8]] = []
+
+    def load(self, rows: NDArray[np.int64]) -> Loaded:
+        """Read ascending rows. Raises ScfmError that names a file which cannot be read or ends too early."""
+        runs = _runs(self.store, rows)
+        kinds: dict[tuple[type, ...], list[Run]] = {}
+        for run in runs:
+            kinds.setdefault(_kind(self.store.blocks[run[0]]), []).append(run)
+        jobs: list[Job] = []
+        memory: list[NDArray[np.uint8]] = []
+        blocks = [self._room(group, jobs, memory) for group in kinds.values()]
+        self._read(jobs)
+        ordered = [run for group in kinds.values() for run in group]
+        found = np.concatenate([self.store.first_rows[b] + np.arange(first, last) for b, first, last in ordered])
+        order = np.argsort(found, kind="stable")
+        return Loaded(found[order], order, CellStore(self.store.vocabulary, self.store.value_kind, blocks), memory)
+
+    def release(self, loaded: Rows) -> None:
+        """Take back the memory of rows that nobody reads any more, for the next ones: fresh pages cost time."""
+        assert isinstance(loaded, Loaded)
+        self._spare = [*self._spare, *loaded.memory][-4:]
+
+    def _room(self, runs: list[Run], jobs: list[Job], memory: list[NDArray[np.uint8]]) -> Block:
+        """Return a block for runs of one kind, and add its memory and the jobs that fill it to those there are."""
+        indices = [_arrays(self.store.blocks[b])[0][first : last + 1] for b, first, last in runs]
+        sizes = np.array([index[-1] - index[0] for index in indices], np.int64)
+        bases = np.cumsum(sizes) - sizes
+        starts = [index[:-1] - index[0] + base for index, base in zip(indices, bases, strict=True)]
+        joined = np.concatenate([*starts, [sizes.sum()]])
+        kinds = [array.dtype for array in _arrays(self.store.blocks[runs[0][0]])[1]]
+        rooms = [self._empty(int(joined[-1]) * kind.itemsize) for kind in kinds]
+        memory += rooms
+        arrays = [room[: joined[-1] * kind.itemsize].view(kind) for room, kind in zip(rooms, kinds, strict=True)]
+        for (b, first, last), base, size in zip(runs, bases, sizes, strict=True):
+            file, (index, mapped) = self.store.files[b], _arrays(self.store.blocks[b])
+            for array, there, start in zip(arrays, mapped, file.starts, strict=True):
+                at, _ = _span(index, there, start, first, last)
+                jobs.append((file.path, at, array[base : base + size].view(np.uint8).data))
+        return _rebuilt(self.store, runs, joined, arrays)
+
+    def _empty(self, n_bytes: int) -> NDArray[np.uint8]:
+        fitting = [spare for spare in self._spare if n_bytes <= len(spare)]
+        if not fitting:
+            return np.empty(n_bytes + n_bytes // 8, np.uint8)
+        memory = min(fitting, key=len)
+        self._spare = [spare for spare in self._spare if spare is not memory]
+        return memory
+
+    def _read(self, jobs: list[Job]) -> None:
+        with ThreadPoolExecutor(self.in_flight, thread_name_prefix="scfm-read") as pool:
+            reads = [pool.submit(_read_all, jobs[i :: self.in_flight]) for i in range(self.in_flight)]
+        wait(reads)
+        for read in reads:
+            read.result()
+
+
+def _read_all(jobs: list[Job]) -> None:
+    for path, at, into in jobs:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                while into:
+                    n = os.preadv(descriptor, [into], at)
+                    if n == 0:
+                        raise ScfmError(
+                            f"{path}: ends at byte {at:,}, before the cells that its index names; copy it again"
+                        )
+                    into, at = into[n:], at + n
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ScfmError(f"{path}: cannot be read ({error})") from error
+
+
+def _runs(store: CellStore, rows: NDArray[np.int64]) -> list[Run]:
+    """Return the runs of neighbouring cells that hold ascending rows; small holes are part of a run.
+
+    Raises ScfmError where a file is not as long as when it was mapped: touching the map would then end the process.
+    """
+    block_of, places = store.locate(rows)
+    for b in np.unique(block_of):
+        file = store.files[b]
+        size = file.path.stat().st_size if file.path.exists() else 0
+        if size != file.n_bytes:
+            raise ScfmError(f"{file.path}: {size:,} bytes, but {file.n_bytes:,} when it was opened; copy it again")
+    cuts = np.flatnonzero((np.diff(rows) > HOLE + 1) | (np.diff(block_of) > 0)) + 1
+    ends = zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True)
+    return [(int(block_of[i]), int(places[i]), int(places[j - 1]) + 1) for i, j in ends] if len(rows) else []
+
+
+def _arrays(block: Block) -> tuple[NDArray[np.integer], list[NDArray]]:
+    """Return the start of each cell, (n + 1,), in the arrays that hold its values, and these arrays."""
+    if isinstance(block, PackedBlock):
+        return block.starts, [block.data]
+    assert isinstance(block, CellBlock)
+    return block.offsets, [block.genes, block.values]
+
+
+def _span(index: NDArray[np.integer], array: NDArray, start: int, first: int, last: int) -> tuple[int, int]:
+    """Return the first byte in the file, and the number of bytes, of some cells in an array that begins at `start`."""
+    return start + int(index[first]) * array.itemsize, int(index[last] - index[first]) * array.itemsize
+
+
+def _kind(block: Block) -> tuple[type, ...]:
+    """Return what blocks must have in common to share arrays."""
+    return (type(block), *(array.dtype.type for array in _arrays(block)[1]))
+
+
+def _rebuilt(store: CellStore, runs: list[Run], starts: NDArray[np.int64], arrays: list[NDArray]) -> Block:
+    blocks = [store.blocks[b] for b, _, _ in runs]
+    packed = [block for block in blocks if isinstance(block, PackedBlock)]
+    if not packed:
+        return CellBlock(starts, *arrays)
+    lengths = np.array([last - first for _, first, last in runs])
+    return replace(
+        packed[0],
+        starts=starts,
+        sizes=np.concatenate([block.sizes[first:last] for block, (_, first, last) in zip(packed, runs, strict=True)]),
+        data=arrays[0],
+        genes=np.result_type(*{block.genes for block in packed}),
+        values=np.result_type(*{block.values for block in packed}),
+        name_of=_names(packed, runs, np.cumsum(lengths) - lengths),
+    )
+
+
+def _names(blocks: list[PackedBlock], runs: list[Run], firsts: NDArray[np.int64]) -> Callable[[int], str]:
+    def name_of(place: int) -> str:
+        run = int(np.searchsorted(firsts, place, side="right")) - 1
+        return blocks[run].name_of(runs[run][1] + place - int(firsts[run]))
+
+    return name_of
