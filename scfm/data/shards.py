@@ -62,57 +62,101 @@ class ShardWriter:
             block: the cells; genes ascending within a cell, no zeros; float32 values where the store is normalised.
             codes: (n,) codes of each obs column, -1 for missing.
         """
-        if len(block.genes) > MAX_TOKENS_PER_SHARD:
-            raise ScfmError(
-                f"a shard of {block.n_cells:,} cells holds {len(block.genes):,} values, more than Arrow's "
-                f"{MAX_TOKENS_PER_SHARD:,}; use fewer cells per shard"
-            )
-        offsets = pa.array(block.offsets.astype(np.int32))
-        genes, values = narrowest(block.genes), narrowest(block.values)
-        columns = {
-            "genes": pa.ListArray.from_arrays(offsets, pa.array(genes)),
-            "values": pa.ListArray.from_arrays(offsets, pa.array(values)),
-        }
-        for name, categories in self.obs.items():
-            columns[name] = pa.array(codes[name].astype(np.int16 if len(categories) <= 2**15 else np.int32))
-        batch = pa.record_batch(columns)
-
-        file = f"shards/{len(self._shards):05d}.arrow"
-        with pa.OSFile(str(self.directory / file), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
-            stream.write_batch(batch)
-        self._hashes.append(profile_hashes(block.offsets, genes, values, self.vocabulary.gene_keys))
-        self._shards.append(
-            {
-                "file": file,
-                "cells": block.n_cells,
-                "tokens": len(genes),
-                "bytes": (self.directory / file).stat().st_size,
-                "sha256": _sha256(self.directory / file),
-                "genes": str(genes.dtype),
-                "values": str(values.dtype),
-            }
-        )
+        path = self.directory / f"shards/{len(self._shards):05d}.arrow"
+        self._shards.append({"file": f"shards/{path.name}", **write_shard(path, block, codes, self.obs)})
+        self._hashes.append(profile_hashes(block.offsets, block.genes, block.values, self.vocabulary.gene_keys))
 
     def finish(self, sources: Sequence[Mapping[str, Any]] = (), **how: Any) -> None:
         """Write vocab.json, cells.hash and last the manifest, which also keeps `sources` and `how` it was built."""
         self.vocabulary.save(self.directory / "vocab.json")
         save_hashes(self.directory / "cells.hash", np.concatenate([np.empty(0, np.uint64), *self._hashes]))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "scfm_version": __version__,
-            "vocabulary_hash": self.vocabulary.hash,
-            "value_kind": self.value_kind,
-            "codec": "list",
-            "cells": sum(shard["cells"] for shard in self._shards),
-            "tokens": sum(shard["tokens"] for shard in self._shards),
-            **how,
-            "obs": {name: list(categories) for name, categories in self.obs.items()},
-            "sources": list(sources),
-            "shards": self._shards,
-        }
-        written = self.directory / "manifest.json.tmp"
-        written.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(written, self.directory / "manifest.json")
+        write_manifest(self.directory, self.vocabulary, self.value_kind, self.obs, self._shards, sources, **how)
+
+
+def write_shard(
+    path: Path,
+    block: CellBlock,
+    codes: Mapping[str, NDArray[np.integer]],
+    obs: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Write one shard, and return what the manifest says of it besides its name.
+
+    Args:
+        path: the file to write.
+        block: the cells; genes ascending within a cell, no zeros; float32 values where the store is normalised.
+        codes: (n,) codes of each obs column, -1 for missing.
+        obs: category names of each obs column.
+    """
+    if len(block.genes) > MAX_TOKENS_PER_SHARD:
+        raise ScfmError(
+            f"a shard of {block.n_cells:,} cells holds {len(block.genes):,} values, more than Arrow's "
+            f"{MAX_TOKENS_PER_SHARD:,}; use fewer cells per shard"
+        )
+    offsets = pa.array(block.offsets.astype(np.int32))
+    genes, values = narrowest(block.genes), narrowest(block.values)
+    columns = {
+        "genes": pa.ListArray.from_arrays(offsets, pa.array(genes)),
+        "values": pa.ListArray.from_arrays(offsets, pa.array(values)),
+    }
+    for name, categories in obs.items():
+        columns[name] = pa.array(codes[name].astype(code_type(categories)))
+    batch = pa.record_batch(columns)
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return {
+        "cells": block.n_cells,
+        "tokens": len(genes),
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+        "genes": str(genes.dtype),
+        "values": str(values.dtype),
+    }
+
+
+def code_type(categories: Sequence[str]) -> type[np.signedinteger]:
+    """Return the integer type that obs codes of so many categories are stored in."""
+    return np.int16 if len(categories) <= 2**15 else np.int32
+
+
+def write_manifest(
+    directory: Path,
+    vocabulary: Vocabulary,
+    value_kind: ValueKind,
+    obs: Mapping[str, Sequence[str]],
+    shards: Sequence[Mapping[str, Any]],
+    sources: Sequence[Mapping[str, Any]],
+    **how: Any,
+) -> None:
+    """Write the manifest, the last file of a shard directory: its shards, their sources, and `how` it was built."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "scfm_version": __version__,
+        "vocabulary_hash": vocabulary.hash,
+        "value_kind": value_kind,
+        "codec": "list",
+        "cells": sum(shard["cells"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        **how,
+        "obs": {name: list(categories) for name, categories in obs.items()},
+        "sources": list(sources),
+        "shards": list(shards),
+    }
+    written = directory / "manifest.json.tmp"
+    written.write_text(json.dumps({**manifest, "hash": manifest_hash(manifest)}, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(written, directory / "manifest.json")
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a build says of its cells: all of the manifest but where and when sources lay.
+
+    Two builds of the same cells with the same options have the same hash, and shards that are equal byte for byte.
+    """
+    held = {key: value for key, value in manifest.items() if key not in ("hash", "gene_tables", "scfm_version")}
+    held["sources"] = [
+        {key: value for key, value in source.items() if key != "fingerprint"} for source in manifest["sources"]
+    ]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

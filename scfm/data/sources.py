@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -80,19 +80,11 @@ class Source(ABC):
 
     def gene_list(self) -> list[Gene]:
         """Return the genes of the columns that have a name."""
-        return [Gene.of(*names) for names in zip(*self.genes, strict=True) if any(names)]
+        return named_genes(self.genes)
 
     def gene_of_column(self, vocabulary: Vocabulary, table: GeneTable | None = None) -> NDArray[np.int32]:
         """Return the vocabulary id of each column, -1 for unknown genes. Raises ScfmError where no gene is known."""
-        matched = vocabulary.match(*self.genes, table)
-        if not (matched >= 0).any():
-            seen = ", ".join(map(_spelled, self.gene_list()[:5])) or "no names at all"
-            expected = ", ".join(map(_spelled, vocabulary.entries[: min(5, vocabulary.n_genes)]))
-            raise ScfmError(
-                f"{self.label}: none of its {len(self.var):,} genes is in the vocabulary. Seen: {seen} ... "
-                f"Expected: {expected} ... Check the organism, and that var holds Ensembl ids or gene symbols"
-            )
-        return matched
+        return matched_genes(self.label, self.genes, vocabulary, table)
 
     @cached_property
     def value_kind(self) -> ValueKind:
@@ -101,34 +93,41 @@ class Source(ABC):
             return "normalised"
         return "counts"
 
-    def cells(self, gene_of_column: NDArray[np.int32], value_kind: ValueKind) -> Iterator[tuple[int, CellBlock]]:
-        """Yield (first row, cells by vocabulary id) block by block; every row is there, if only as an empty cell.
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells that the source is another than before: nothing for one that lives in memory."""
+        return {}
 
-        Raises ScfmError for values that cannot be used.
+    def cells(
+        self, gene_of_column: NDArray[np.int32], value_kind: ValueKind, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, CellBlock]]:
+        """Yield (first row, cells by vocabulary id) block by block, from row `first` to `last` - 1.
+
+        Every row is there, if only as an empty cell. Raises ScfmError for values that cannot be used.
         """
-        for first, block in self.blocks():
+        for start, block in self.blocks(first, last):
             try:
-                yield first, to_vocabulary(block, gene_of_column, value_kind)
+                yield start, to_vocabulary(block, gene_of_column, value_kind)
             except ScfmError as error:
                 raise ScfmError(f"{self.label}: {error}") from error
 
-    def blocks(self) -> Iterator[tuple[int, csr_matrix]]:
-        """Yield (first row, values of the rows), of about `values_per_block` values, checked.
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, csr_matrix]]:
+        """Yield (first row, values of the rows), of about `values_per_block` values, from row `first` to `last` - 1.
 
         Raises ScfmError for values that are not finite or negative, and, unless normalised values are accepted, for
         any that is not a whole number.
         """
         values_per_cell = max(1, self.n_values // max(1, self.n_cells))
         rows = max(1, self.values_per_block // values_per_cell)
-        spans = [(first, min(first + rows, self.n_cells)) for first in range(0, self.n_cells, rows)]
+        end = self.n_cells if last is None else last
+        spans = [(start, min(start + rows, end)) for start in range(first, end, rows)]
         # HDF5 inflates without holding the GIL, so the next block is read while this one is worked on.
         with ThreadPoolExecutor(max_workers=1) as reader:
             ahead = [reader.submit(self.read, *span) for span in spans[:1]]
-            for i, (first, _) in enumerate(spans):
+            for i, (start, _) in enumerate(spans):
                 block = ahead.pop().result()
                 ahead += [reader.submit(self.read, *span) for span in spans[i + 1 : i + 2]]
-                self._check(block, first)
-                yield first, block
+                self._check(block, start)
+                yield start, block
 
     def obs(self, name: str) -> ObsColumn | None:
         """Return an obs column as codes and categories, None where the source has none of that name.
@@ -181,6 +180,38 @@ class Source(ABC):
         )
 
 
+def named_genes(genes: tuple[Sequence[str | None], Sequence[str | None]]) -> list[Gene]:
+    """Return the genes that have a name, from the Ensembl id and the symbol of each column."""
+    return [Gene.of(*names) for names in zip(*genes, strict=True) if any(names)]
+
+
+def matched_genes(
+    label: str,
+    genes: tuple[Sequence[str | None], Sequence[str | None]],
+    vocabulary: Vocabulary,
+    table: GeneTable | None,
+) -> NDArray[np.int32]:
+    """Return the vocabulary id of each column of a source, -1 for unknown genes.
+
+    Args:
+        label: what the message calls the source.
+        genes: Ensembl id and symbol of each column.
+        vocabulary: the genes to find.
+        table: names that mean the same gene.
+
+    Raises ScfmError where no gene is known.
+    """
+    matched = vocabulary.match(*genes, table)
+    if not (matched >= 0).any():
+        seen = ", ".join(map(_spelled, named_genes(genes)[:5])) or "no names at all"
+        expected = ", ".join(map(_spelled, vocabulary.entries[: min(5, vocabulary.n_genes)]))
+        raise ScfmError(
+            f"{label}: none of its {len(matched):,} genes is in the vocabulary. Seen: {seen} ... "
+            f"Expected: {expected} ... Check the organism, and that var holds Ensembl ids or gene symbols"
+        )
+    return matched
+
+
 def _spelled(gene: Gene) -> str:
     return f"{gene.ensembl} ({gene.symbol})" if gene.ensembl and gene.symbol else gene.id
 
@@ -218,7 +249,7 @@ class H5adSource(Source):
     def __init__(self, path: Path, accept_normalised: bool = False) -> None:
         import h5py
 
-        self.label, self.accept_normalised = str(path), accept_normalised
+        self.label, self.accept_normalised, self.path = str(path), accept_normalised, path
         if not path.is_file():
             raise ScfmError(f"{path}: there is no such file")
         if not h5py.is_hdf5(path):
@@ -330,6 +361,13 @@ class H5adSource(Source):
 
         with self._readable(f"obs column {name!r}"):
             return pd.Series(read_elem(self._file["obs"][name])) if self._obs is None else self._obs[name]
+
+    def fingerprint(self) -> dict[str, Any]:
+        try:
+            now = self.path.stat()
+        except OSError as error:
+            raise ScfmError(f"{self.label}: cannot be found any more ({error})") from error
+        return {"path": str(self.path.resolve()), "size": now.st_size, "mtime_ns": now.st_mtime_ns}
 
     def provenance(self) -> dict[str, str]:
         """Return what `uns` says about the origin, by the names of the CELLxGENE schema."""

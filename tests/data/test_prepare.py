@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from scfm.data import prepare as prepare_module
-from scfm.data import shuffle as shuffle_module
 from scfm.data import sources as sources_module
+from scfm.data.building import plan as plan_module
+from scfm.data.building import workers as workers_module
+from scfm.data.building.survey import ALL_ZERO, NOT_PRIMARY
 from scfm.data.hashing import load_hashes
-from scfm.data.prepare import ALL_ZERO, NOT_PRIMARY, prepare
+from scfm.data.prepare import prepare
 from scfm.data.shards import open_shards, read_manifest, verify_shards
 from scfm.data.store import CellStore
 from scfm.data.vocabulary import Vocabulary
@@ -148,14 +149,14 @@ def test_normalised_sources_are_float32_and_make_the_whole_store_normalised(tmp_
 
 
 def test_very_wide_cells_make_smaller_shards(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "VALUES_PER_SHARD", 50)
+    monkeypatch.setattr(plan_module, "VALUES_PER_SHARD", 50)
     prepare([files / "deeper/b.h5ad"], tmp_path / "out")
     assert [block.n_cells for block in open_shards(tmp_path / "out").blocks] == [10, 10]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources_module.Source, "values_per_block", 20_000)
-    monkeypatch.setattr(shuffle_module, "VALUES_HELD", 40_000)
+    monkeypatch.setattr(workers_module, "VALUES_PER_UNIT", 40_000)
     rng = np.random.default_rng(0)
     var = pd.DataFrame(index=[f"G{i}" for i in range(200)])
     prepare([source(tmp_path / "first.h5ad", np.ones((50, 200)), var)], tmp_path / "first")  # loads what others share
@@ -270,17 +271,6 @@ def test_a_source_named_twice_is_refused(tmp_path: Path) -> None:
 def test_an_obs_column_that_no_source_has_is_refused(files: Path, tmp_path: Path) -> None:
     refused(tmp_path, [files], "no source has an obs column tissue; there are cell_type, donor", obs=["tissue"])
     refused(tmp_path, [files], "obs column source: the name is taken", obs=["source"])
-
-
-def test_an_interrupted_build_leaves_nothing(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_module.ShardWriter, "write", interrupt)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(KeyboardInterrupt):
-        prepare([files], tmp_path / "out")
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 # -- real files
