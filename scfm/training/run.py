@@ -84,19 +84,22 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
     shards = Path(recipe.data.shards)
     manifest = read_manifest(shards)
-    job = pretraining_job(recipe, open_shards(shards), shuffled=manifest.get("shuffled", False))
+    held_out = manifest.get("held_out") or {"cells": 0}
+    shuffled = manifest.get("shuffled", False)
+    job = pretraining_job(recipe, open_shards(shards), shuffled=shuffled, held_out=held_out["cells"])
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
     job.files.cell_hashes = load_hashes(shards / "cells.hash")
     return fit(job, open_run(recipe, resume))
 
 
-def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
+def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_out: int = 0) -> Job:
     """Return a fresh model of a recipe, its objectives, and which cells of a store it trains on.
 
     Args:
         recipe: the run.
         store: the cells.
         shuffled: whether they stand in random order.
+        held_out: how many cells at the end were held out when the shards were built.
 
     Raises:
         ScfmError: the recipe starts from a model, or asks for what the cells do not carry.
@@ -122,7 +125,9 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
     )
     torch.manual_seed(recipe.seed)
     network = files.build()
-    train_rows, valid_rows = hold_out(store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
+    train_rows, valid_rows = hold_out(
+        store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled, held_out=held_out
+    )
     return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
 
 
@@ -182,10 +187,16 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     parameters = sum(p.numel() for p in job.network.parameters())
     model = job.recipe.model
     dtype = product_type(str(trainer.precision))
+    held_out = job.files.training_data.get("manifest", {}).get("held_out")
+    groups = (
+        f" (held out by {held_out['by']} when the shards were built; data.valid_fraction does not apply)"
+        if held_out
+        else ""
+    )
     backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend, model.attention_dropout)
     return (
         f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
-        f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "
+        f"{len(job.valid_rows):,} validation cells{groups}, {job.store.vocabulary.n_genes:,} genes; "
         f"{trainer.world_size} x {device.type}, precision {trainer.precision}; attention {backend} ({reason})"
     )
 
@@ -206,11 +217,15 @@ def token_config(recipe: Recipe) -> TokenConfig:
     )
 
 
-def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool) -> tuple[Rows, Rows]:
-    """Return training and validation rows, a fair sample of the cells on either side.
+def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool, held_out: int = 0) -> tuple[Rows, Rows]:
+    """Return training and validation rows.
 
-    Where the shards were shuffled when they were built, two ranges say it all; else the rows are drawn.
+    Where whole groups (donors, sources) were held out when the shards were built, these are the last `held_out` cells
+    and validation has just them, whatever the fraction. Else either side is a fair sample of the cells: two ranges
+    where the shards were shuffled, drawn rows where they were not.
     """
+    if held_out:
+        return range(n_cells - held_out), range(n_cells - held_out, n_cells)
     n_train = n_cells - round(n_cells * fraction)
     if shuffled:
         return range(n_train), range(n_train, n_cells)
