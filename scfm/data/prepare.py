@@ -16,9 +16,13 @@ from scfm.data.building.build import Build
 from scfm.data.building.directory import building_directory
 from scfm.data.building.options import BuildOptions, file_and_hash
 from scfm.data.building.report import PreparedReport
-from scfm.data.building.survey import labels_of, source_specs
+from scfm.data.building.survey import labels_of
 from scfm.data.building.workers import Crew
+from scfm.data.census import SCHEME
+from scfm.data.opening import absolute, find_sources
 from scfm.errors import ScfmError
+
+DATASET = "dataset_id"
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,6 +39,8 @@ def prepare(
     keep_order: bool = False,
     cells_per_shard: int = 100_000,
     seed: int = 0,
+    organism: str | None = None,
+    obs_value_filter: str | None = None,
     where: Sequence[str] = (),
     min_genes: int = 0,
     min_counts: int = 0,
@@ -57,7 +63,8 @@ def prepare(
     A build that was stopped, even killed, goes on where it was when the same command is given again.
 
     Args:
-        sources: h5ad files, or folders that are searched for them.
+        sources: h5ad, 10x .h5 or loom files, folders with matrix.mtx, folders that are searched for all of these, or
+            census:VERSION_OR_URI.
         out: directory to write; it must not exist, or be empty.
         vocabulary: vocab.json, or a text file with a gene per line; without it the union of all sources' genes.
         genes: tables of genes (HGNC, GENCODE ...), the most trusted first: id, symbol and old names are the same gene.
@@ -66,6 +73,8 @@ def prepare(
         keep_order: keep the cells in the order of the sources (inference) instead of shuffling them (training).
         cells_per_shard: about how many cells a shard holds; fewer where cells are very wide.
         seed: of the shuffling, and of all draws.
+        organism: leave out cells and genes of others ("Homo sapiens" or NCBITaxon:9606); of a Census this one is read.
+        obs_value_filter: cells of a Census to take: "tissue == 'lung' and is_primary_data == True".
         where: conditions on obs, COLUMN=VALUE or COLUMN!=VALUE; several values of a column are alternatives.
         min_genes: leave out cells that express fewer genes of the vocabulary.
         min_counts: leave out cells with fewer counts.
@@ -91,16 +100,18 @@ def prepare(
     """
     out = Path(out)
     building = building_directory(out)
-    specs = source_specs(sources)
+    specs = find_sources(sources)
     options = BuildOptions(
-        sources=[str(Path(spec).absolute()) for spec in specs],
+        sources=[absolute(spec) for spec in specs],
         vocabulary=[] if vocabulary is None else file_and_hash(vocabulary),
         genes=[file_and_hash(table) for table in genes],
-        obs=list(obs),
+        obs=_carried(obs, specs),
         accept_normalised=accept_normalised,
         keep_order=keep_order,
         cells_per_shard=cells_per_shard,
         seed=seed,
+        organism=organism,
+        obs_value_filter=obs_value_filter,
         where=list(where),
         min_genes=min_genes,
         min_counts=min_counts,
@@ -128,6 +139,12 @@ def prepare(
             raise ScfmError(f"{out}: cannot be written ({error})") from error
     _print(report)
     return report
+
+
+def _carried(obs: Sequence[str], specs: Sequence[str]) -> list[str]:
+    """Return the obs columns to carry: those asked for, and which of its many data sets a cell of a Census is from."""
+    needed = [DATASET] if any(spec.startswith(SCHEME) for spec in specs) else []
+    return [*obs, *(name for name in needed if name not in obs)]
 
 
 def _share(part: str | None, *, merge: bool, restart: bool) -> tuple[int, int] | None:

@@ -15,10 +15,11 @@ from scipy.sparse import csr_matrix
 from scfm.data import sources as sources_module
 from scfm.data.building import plan as plan_module
 from scfm.data.building import workers as workers_module
-from scfm.data.building.survey import ALL_ZERO, NOT_PRIMARY
+from scfm.data.building.survey import ALL_ZERO
 from scfm.data.hashing import load_hashes
 from scfm.data.prepare import prepare
 from scfm.data.shards import open_shards, read_manifest, verify_shards
+from scfm.data.sources import NOT_PRIMARY
 from scfm.data.store import CellStore
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
@@ -280,11 +281,12 @@ def test_an_obs_column_that_no_source_has_is_refused(files: Path, tmp_path: Path
 def test_real_sources_keep_every_count(shared: Path, tmp_path: Path) -> None:
     names = ["pretrain/pbmc1k_v2_10x", "annotation/pbmc68k_reduced", "formats/cellxgene_schema_example"]
     paths = [shared / f"data/{name}.h5ad" for name in names]
-    report = prepare(paths, tmp_path / "out", cells_per_shard=500)
+    report = prepare(paths, tmp_path / "out", cells_per_shard=500, organism="Homo sapiens")
     store = open_shards(tmp_path / "out")
-    assert [(source.cells, source.kept) for source in report.sources] == [(996, 996), (700, 700), (320, 319)]
+    assert [(source.cells, source.kept) for source in report.sources] == [(996, 996), (700, 700), (320, 317)]
     example = ad.read_h5ad(paths[2])
-    kept = example.raw.X[example.obs["is_primary_data"].to_numpy().astype(bool)]
+    is_human = (example.obs["organism_ontology_term_id"] == "NCBITaxon:9606").to_numpy()
+    kept = example.raw.X[is_human & example.obs["is_primary_data"].to_numpy().astype(bool)]
     spike_ins = example.raw.var_names.str.startswith("ERCC-")
     expected = [ad.read_h5ad(path).X.sum() for path in paths[:2]] + [kept[:, ~spike_ins].sum()]
     totals = np.concatenate([np.add.reduceat(b.values.astype(np.int64), b.offsets[:-1]) for b in store.blocks])

@@ -26,10 +26,11 @@ from scfm.data.building.finishing import finish
 from scfm.data.building.options import BuildOptions, changed_options
 from scfm.data.building.plan import Plan, make_plan, read_plan, why_empty
 from scfm.data.building.report import PreparedReport, read_report
-from scfm.data.building.survey import AGAIN, changes, opened, survey_source
+from scfm.data.building.survey import AGAIN, changes, survey_source
 from scfm.data.building.units import is_finished, make_unit, read_facts
 from scfm.data.building.workers import BYTES_PER_VALUE_HELD, BYTES_PER_VALUE_READ, GIB, Crew, sizes_for
 from scfm.data.gene_table import GeneTable
+from scfm.data.opening import open_source
 from scfm.data.sources import VALUES_PER_BLOCK
 from scfm.data.vocabulary_files import read_vocabulary
 from scfm.errors import ScfmError
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 WORTH_KEEPING = 2**28  # values read; with less, a build that cannot succeed leaves nothing behind
-FOLDERS = ("survey", "genes", "chosen", "units", "out", "out/shards")
+FOLDERS = ("sources", "survey", "genes", "chosen", "units", "out", "out/shards")
 
 
 class Build:
@@ -122,7 +123,7 @@ class Build:
 
     def _refuse_changed_sources(self, plan: Plan) -> None:
         for source in plan.sources:
-            with opened(source.spec, self.options.accept_normalised) as now:
+            with open_source(source.spec, True, plan.organism, plan.obs_value_filter, self.building / "sources") as now:
                 changed = changes(source.fingerprint, now.fingerprint())
             if changed:
                 raise ScfmError(f"{source.spec}: {changed}; it has changed since the build was begun; {AGAIN}")

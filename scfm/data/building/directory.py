@@ -3,6 +3,7 @@
     .OUT.building/
       lock, part-*.lock   held while a process works here
       options.json        what the build was asked for
+      sources/            which cells of a Census are chosen
       survey/             what each source holds
       genes/              lists of genes and where they stand in the vocabulary
       chosen/             which rows of each source are wanted

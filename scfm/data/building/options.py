@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from scfm.data.census import SCHEME
 from scfm.data.shards import RESERVED_COLUMNS
 from scfm.errors import ScfmError
 
@@ -31,6 +32,8 @@ class BuildOptions:
     keep_order: bool
     cells_per_shard: int
     seed: int
+    organism: str | None
+    obs_value_filter: str | None
     where: list[str]
     min_genes: int
     min_counts: int
@@ -53,6 +56,8 @@ class BuildOptions:
                 raise ScfmError(f"{option.replace('-', ' ')}: {number} must be at least {least}")
         if self.stratify and self.subsample is None:
             raise ScfmError("--stratify says how to draw a subsample; say its size too, by --subsample")
+        if self.obs_value_filter is not None and not any(spec.startswith(SCHEME) for spec in self.sources):
+            raise ScfmError("--obs-value-filter chooses cells of a Census, and no source is one; for files use --where")
         self._check_held_out()
         self.conditions  # noqa: B018  raises for a condition that cannot be read
 

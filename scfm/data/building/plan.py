@@ -20,6 +20,7 @@ from scfm.data.building.directory import read_json, write_json, written
 from scfm.data.building.options import SOURCE_COLUMN, BuildOptions
 from scfm.data.building.survey import DEALING, NOT_DRAWN, Surveyed, read_gene_list, read_survey
 from scfm.data.gene_table import GeneTable
+from scfm.data.organisms import spoken
 from scfm.data.random import permuted, stream
 from scfm.data.sources import matched_genes, named_genes
 from scfm.data.store import ValueKind
@@ -65,6 +66,7 @@ class Plan:
         held_out_by: the column whose groups are held out.
         held_out: these groups.
         min_genes, min_counts: what a cell must express.
+        organism, obs_value_filter: what of the sources is read, as in `open_source`.
         units: (source, first row, row after the last) of each.
         values_per_unit: about how many values a unit holds.
         values_per_block: the most that any source reads in one piece.
@@ -82,6 +84,8 @@ class Plan:
     held_out: list[str]
     min_genes: int
     min_counts: int
+    organism: str | None
+    obs_value_filter: str | None
     units: list[tuple[int, int, int]]
     values_per_unit: int
     values_per_block: int
@@ -122,6 +126,7 @@ def make_plan(
     Raises ScfmError where the sources do not have what the options name, or the vocabulary knows no gene of one.
     """
     surveyed = [read_survey(building, number) for number in range(len(options.sources))]
+    _refuse_several_organisms(surveyed, options)
     vocabulary = _settle_genes(building, surveyed, table, given)
     value_kind: ValueKind = "normalised" if any(s.value_kind == "normalised" for s in surveyed) else "counts"
     if value_kind == "normalised" and options.min_counts:
@@ -161,6 +166,8 @@ def make_plan(
         held_out=sorted(held_names),
         min_genes=options.min_genes,
         min_counts=options.min_counts,
+        organism=options.organism,
+        obs_value_filter=options.obs_value_filter,
         units=[unit for number in range(len(surveyed)) for unit in chosen.units(number, sizes.values_per_unit)],
         values_per_unit=sizes.values_per_unit,
         values_per_block=values_per_block,
@@ -204,6 +211,10 @@ def _settle_genes(
     """Return the vocabulary, after writing where the genes of every source stand in it."""
     sources_with: defaultdict[str, list[Surveyed]] = defaultdict(list)
     for source in surveyed:
+        if not source.kept:  # of another organism, maybe, whose genes are none here
+            with written(building / f"genes/{source.gene_list}.npy") as file, file.open("wb") as stored:
+                np.save(stored, np.full(source.genes, -1, np.int32))
+            continue
         sources_with[source.gene_list].append(source)
     lists = {name: read_gene_list(building, name) for name in sources_with}
     if given is None:
@@ -231,6 +242,17 @@ def _categories(surveyed: list[Surveyed], options: BuildOptions) -> dict[str, li
     for name in options.carried:
         categories[name] = sorted({label for source in surveyed for label in source.categories.get(name, ())})
     return categories
+
+
+def _refuse_several_organisms(surveyed: list[Surveyed], options: BuildOptions) -> None:
+    """Refuse sources of several organisms, unless one is asked for, which leaves out the others."""
+    first_of: dict[str, str] = {}
+    for source in surveyed:
+        for organism in source.organisms if source.kept else ():
+            first_of.setdefault(organism, source.spec)
+    if options.organism is None and len(first_of) > 1:
+        there = "; ".join(f"{spoken(organism)} in {spec}" for organism, spec in first_of.items())
+        raise ScfmError(f"the sources are of several organisms ({there}); choose one with --organism")
 
 
 def _refuse_unheard_values(surveyed: list[Surveyed], options: BuildOptions) -> None:

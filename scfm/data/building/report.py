@@ -37,7 +37,7 @@ class SourceReport:
     dropped: dict[str, int]
     genes: int
     genes_matched: int
-    provenance: dict[str, str]
+    provenance: dict[str, Any]
     fingerprint: dict[str, Any] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
 

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from scfm.data.building.directory import read_json, write_json, written
 from scfm.data.building.options import SOURCE_COLUMN, BuildOptions
+from scfm.data.opening import open_source
 from scfm.data.random import permuted, stream
-from scfm.data.sources import H5adSource, Source
+from scfm.data.sources import NOT_PRIMARY, Source
 from scfm.data.store import ObsColumn, ValueKind
 from scfm.errors import ScfmError
 
-NOT_PRIMARY, ALL_ZERO = "not primary", "no expressed gene"
+ALL_ZERO = "no expressed gene"
 OVER_CAP, NOT_DRAWN = "over the cap", "not drawn"
 CAP, SUBSAMPLE, HELD_OUT, DEALING = range(32, 36)
 """What a stream of draws is for, besides the purposes of `scfm.data.random`."""
@@ -48,6 +49,7 @@ class Surveyed:
         heard: values named in conditions that it has, by column.
         gene_list: name of the file that holds the names of its genes.
         genes: columns of its matrix.
+        organisms: what its cells are of, as far as it says.
         provenance: what it says of its origin.
     """
 
@@ -65,28 +67,8 @@ class Surveyed:
     heard: dict[str, list[str]]
     gene_list: str
     genes: int
-    provenance: dict[str, str]
-
-
-def source_specs(sources: Sequence[str | Path]) -> list[str]:
-    """Return every source that is named, folders searched for h5ad files, in a settled order."""
-    files: list[Path] = []
-    for source in map(Path, sources):
-        found = sorted(source.rglob("*.h5ad")) if source.is_dir() else [source]
-        if not found:
-            raise ScfmError(f"{source}: the folder holds no .h5ad file")
-        files += found
-    if not files:
-        raise ScfmError("no source is named; name h5ad files, or folders that hold them")
-    twice = [str(path) for path, n in Counter(path.resolve() for path in files).items() if n > 1]
-    if twice:
-        raise ScfmError(f"named more than once among the sources: {', '.join(twice)}")
-    return [str(path) for path in files]
-
-
-def opened(spec: str, accept_normalised: bool) -> H5adSource:
-    """Open a source; use it in a `with` statement."""
-    return H5adSource(Path(spec), accept_normalised)
+    organisms: list[str]
+    provenance: dict[str, Any]
 
 
 def labels_of(specs: Sequence[str]) -> list[str]:
@@ -104,13 +86,15 @@ def survey_source(building: str, number: int, spec: str, label: str, options: Bu
     done = place / f"survey/{number:05d}.json"
     if done.exists():
         return
-    with opened(spec, options.accept_normalised) as source:
+    with open_source(
+        spec, options.accept_normalised, options.organism, options.obs_value_filter, cache=place / "sources"
+    ) as source:
         fingerprint = source.fingerprint()
-        if not source.gene_list():
-            raise ScfmError(f"{spec}: neither var nor its index names a gene; give Ensembl ids or gene symbols")
         names = {*options.carried, *([options.stratify] if options.stratify else [])} - {SOURCE_COLUMN}
         columns = {name: column for name in sorted(names) if (column := source.obs(name)) is not None}
         kept, dropped, heard = _kept(source, spec, options)
+        if kept.any() and not source.gene_list():
+            raise ScfmError(f"{spec}: neither var nor its index names a gene; give Ensembl ids or gene symbols")
         if options.max_cells_per_source is not None:
             key = np.uint64(stream(options.seed, 0, number, CAP))
             kept, n = drawn(kept, options.max_cells_per_source, key)
@@ -133,6 +117,7 @@ def survey_source(building: str, number: int, spec: str, label: str, options: Bu
             heard=heard,
             gene_list=_store_gene_list(place, source),
             genes=len(source.var),
+            organisms=source.organisms(),
             provenance=source.provenance(),
         )
         refuse_changed(source, fingerprint)
@@ -184,8 +169,11 @@ def _kept(
 ) -> tuple[NDArray[np.bool_], dict[str, int], dict[str, list[str]]]:
     """Return which rows pass the conditions on obs, the others under the first that they fail, and the values heard."""
     heard: dict[str, list[str]] = {}
-    kept = source.primary()
-    dropped = {NOT_PRIMARY: int((~kept).sum()), ALL_ZERO: 0}
+    kept = np.ones(source.n_cells, bool)
+    dropped = {NOT_PRIMARY: 0, ALL_ZERO: 0}
+    for reason, cells in source.unwanted().items():
+        dropped |= {reason: n} if (n := int((kept & cells).sum())) else {}
+        kept &= ~cells
     for (name, wanted), values in options.conditions.items():
         column = source.obs(name)
         if column is None:

@@ -19,9 +19,10 @@ from scfm.data.building.chosen import read_chosen
 from scfm.data.building.directory import written
 from scfm.data.building.options import SOURCE_COLUMN
 from scfm.data.building.plan import Plan, read_plan
-from scfm.data.building.survey import ALL_ZERO, opened, read_survey, refuse_changed, surveyed_rows
+from scfm.data.building.survey import ALL_ZERO, read_survey, refuse_changed, surveyed_rows
 from scfm.data.expression import joined, take_cells
 from scfm.data.hashing import profile_hashes
+from scfm.data.opening import open_source
 from scfm.data.shards import code_type
 from scfm.data.store import CellBlock
 from scfm.data.vocabulary import Vocabulary
@@ -91,7 +92,9 @@ def make_unit(building: str, number: int) -> int:
     dropped = Counter({ALL_ZERO: 0})
     parts: list[CellBlock] = []
     rows: list[NDArray[np.int64]] = []
-    with opened(planned.spec, accept_normalised=plan.value_kind == "normalised") as source:
+    with open_source(
+        planned.spec, plan.value_kind == "normalised", plan.organism, plan.obs_value_filter, cache=place / "sources"
+    ) as source:
         refuse_changed(source, planned.fingerprint)
         for start, block in source.cells(entries, plan.value_kind, first, last):
             here = chosen[start : start + block.n_cells].copy()

@@ -11,11 +11,12 @@ from corpora import ASSAYS, corpus, dense, names, profiles, unchanged, write_sou
 
 from scfm.data.building import workers as workers_module
 from scfm.data.building.finishing import COPY
-from scfm.data.building.survey import ALL_ZERO, NOT_DRAWN, NOT_PRIMARY, OVER_CAP
+from scfm.data.building.survey import ALL_ZERO, NOT_DRAWN, OVER_CAP
 from scfm.data.building.units import FEW_COUNTS, FEW_GENES
 from scfm.data.hashing import load_hashes
 from scfm.data.prepare import prepare
 from scfm.data.shards import manifest_hash, open_shards, read_manifest, verify_shards
+from scfm.data.sources import NOT_PRIMARY
 from scfm.errors import ScfmError
 
 
