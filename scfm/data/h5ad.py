@@ -43,6 +43,10 @@ class H5adSource(Source):
         self.wanted_organism = None if organism is None else canonical_organism(organism)
         if not path.is_file():
             raise ScfmError(f"{path}: there is no such file")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ScfmError(f"{path}: may not be read ({error.strerror}); ask its owner, or copy it") from error
         if not h5py.is_hdf5(path):
             raise ScfmError(f"{path}: not an h5ad file (it is not HDF5); write one with adata.write_h5ad(...)")
         with self._readable("the file"):

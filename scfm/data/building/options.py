@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from scfm.data.census import SCHEME
 from scfm.data.shards import RESERVED_COLUMNS
@@ -102,13 +102,21 @@ def file_and_hash(path: str | Path) -> list[str]:
     return [str(path), hashlib.sha256(content).hexdigest()]
 
 
-def changed_options(before: dict[str, object], now: dict[str, object]) -> list[str]:
+def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each option that is not what it was."""
     lines = []
     for name, value in now.items():
-        if before.get(name) != value:
+        if name == "sources" and before.get(name) != value:
+            lines.append(_other_sources(before[name], value))
+        elif before.get(name) != value:
             lines.append(f"--{name.replace('_', '-')}: was {_shown(before.get(name))}, is {_shown(value)}")
     return lines
+
+
+def _other_sources(before: Sequence[str], now: Sequence[str]) -> str:
+    new, gone = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+    said = [f"{what} {', '.join(files)}" for what, files in (("new", new), ("gone", gone)) if files]
+    return f"sources: {'; '.join(said) or 'in another order'}"
 
 
 def _shown(value: object) -> str:
