@@ -260,7 +260,7 @@ def test_an_empty_selection_is_refused(tmp_path: Path) -> None:
         "no cell is left to write: of 20 cells in the sources: 10 not primary, 10 no expressed gene",
     )
     (tmp_path / "folder").mkdir()
-    refused(tmp_path, [tmp_path / "folder"], "folder: the folder holds no .h5ad file")
+    refused(tmp_path, [tmp_path / "folder"], "folder: the folder holds no .h5ad, no .loom")
     refused(tmp_path, [], "no source is named")
 
 

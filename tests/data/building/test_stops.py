@@ -23,9 +23,9 @@ from corpora import build_process, corpus, profiles, same_directories, unchanged
 from scfm.data.building import build as build_module
 from scfm.data.building import workers as workers_module
 from scfm.data.building.directory import Interrupted
+from scfm.data.h5ad import H5adSource
 from scfm.data.prepare import prepare
 from scfm.data.shards import open_shards, read_manifest
-from scfm.data.sources import H5adSource
 from scfm.errors import ScfmError
 
 SIZES = (300, 200, 250)
