@@ -133,9 +133,9 @@ def _kind_of_hdf5(path: Path) -> Kind | None:
                 return "h5ad"
             if isinstance(file.get("matrix"), h5py.Dataset) and "row_attrs" in file:
                 return "loom"
+            # Cell Ranger 3 has one group, matrix; Cell Ranger 2 one per genome
             groups = [group for group in file.values() if isinstance(group, h5py.Group)]
+            is_tenx = any("barcodes" in group and "indptr" in group for group in groups)
     except OSError as error:
         raise ScfmError(f"{path}: cannot be read; the file is truncated or damaged ({error})") from error
-    # Cell Ranger 3 has one group, matrix; Cell Ranger 2 one per genome
-    is_tenx = any("barcodes" in group and "indptr" in group for group in groups)
     return "10x h5" if is_tenx else None

@@ -161,7 +161,7 @@ def test_what_a_census_is_called(tmp_path: Path) -> None:
     ]
     (tmp_path / "x").mkdir()
     assert find_sources([f"census:{tmp_path}/x/.."]) == [f"census:{tmp_path}"]
-    with pytest.raises(ScfmError, match="neither a version .* nor a folder"):
+    with pytest.raises(ScfmError, match=r"neither a version .* nor a folder"):
         census_place("census:2025")
 
 
