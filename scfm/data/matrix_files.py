@@ -6,6 +6,7 @@ turned into h5ad first, which is read in blocks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,13 +125,18 @@ def _read_loom(path: Path) -> AnnData:
 def _with_unique_index(var: pd.DataFrame) -> pd.DataFrame:
     """Name the rows by their ids where several have one symbol, so that a message names the right one."""
     ids = var.get("gene_ids")
-    return var if ids is None or var.index.is_unique or not ids.is_unique else var.set_index(ids.to_numpy())
+    if ids is None or var.index.is_unique or not ids.is_unique:
+        return var
+    return var.assign(gene_symbols=var.index).set_index(ids.to_numpy())
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            # several genes of one symbol are told apart by their ids
+            warnings.filterwarnings("ignore", message="Variable names are not unique")
+            yield
     except ScfmError:
         raise
     except Exception as error:  # the readers raise Exception itself, and whatever their parsers meet

@@ -133,7 +133,7 @@ def test_of_several_organisms_one_must_be_chosen_and_the_others_are_counted(tmp_
         prepare([path], tmp_path / "out", workers=1)
     report = prepare([path], tmp_path / "out", organism="mus_musculus", workers=1)
     assert report is not None
-    assert report.sources[0].dropped["other organism"] == 19  # the first three are secondary, two of them human
+    assert report.sources[0].dropped["other organism"] == 18  # of 20, two are secondary
     assert report.sources[0].kept == 9
     vocabulary = open_shards(tmp_path / "out").vocabulary
     assert vocabulary.n_genes == 1
