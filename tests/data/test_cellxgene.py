@@ -28,7 +28,7 @@ FEATURES = [
     ("ENSG00000188290", "HES4", "gene", HUMAN),
 ]
 COUNTS = np.random.default_rng(0).poisson(2.0, (N_CELLS, len(FEATURES))).astype(np.float32)
-COUNTS[:, 0] += 1
+COUNTS[:, [0, 4]] += 1
 VERSIONS = ["5.2.0", "6.0.0", "7.1.0"]
 
 
