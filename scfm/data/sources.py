@@ -21,6 +21,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from scfm.data.expression import Fault, find_faults, joined, to_vocabulary
 from scfm.data.genes import genes_of, with_names_of
+from scfm.data.inflating import read_span
 from scfm.data.store import CellBlock, CellStore, ObsColumn, ValueKind
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
@@ -335,7 +336,7 @@ class H5adSource(Source):
             if self._encoding == "csc_matrix":
                 return self._read_columns(first, last)
             start, stop = self._indptr[first], self._indptr[last]
-            values, columns = self._matrix["data"][start:stop], self._matrix["indices"][start:stop]
+            values, columns = (read_span(self._matrix[name], start, stop) for name in ("data", "indices"))
         self._expect_below(columns, len(self.var))
         return csr_matrix((values, columns, self._indptr[first : last + 1] - start), shape)
 
