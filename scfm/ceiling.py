@@ -27,10 +27,11 @@ def matmul_ceiling(
         device: where.
         dtype: of the matrices.
         size: of their sides; 8192 on a GPU and 1024 elsewhere unless given.
-        seconds: how long to measure, after one product that warms up; at least three are timed.
+        seconds: how long to measure, after one product that warms up; at least three times.
     """
     device = torch.device(device)
     size = size or (8192 if device.type == "cuda" else 1024)
+    in_a_row = 10 if device.type == "cuda" else 1
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         layer = Linear(size, size, bias=False, device=device, dtype=dtype)
         x = torch.randn(size, size, device=device, dtype=dtype)
@@ -39,19 +40,27 @@ def matmul_ceiling(
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         layer(x)
         while len(taken) < 3 or time.perf_counter() < end:
-            taken.append(seconds_of(lambda: layer(x), device))
+            taken.append(seconds_of(lambda: layer(x), device, in_a_row))
     return 2 * size**3 / median(taken)
 
 
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a call takes, on a GPU those of its kernels."""
+def seconds_of(action: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Return the seconds per call of calls in a row, on a GPU those of its kernels.
+
+    An idle GPU also waits for the host to launch the first of them: of one call of a millisecond that is percents.
+    """
+
+    def repeated() -> None:
+        for _ in range(calls):
+            action()
+
     if device.type != "cuda":
         start = time.perf_counter()
-        action()
-        return time.perf_counter() - start
+        repeated()
+        return (time.perf_counter() - start) / calls
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
-    action()
+    repeated()
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1000
+    return first.elapsed_time(last) / 1000 / calls

@@ -25,7 +25,7 @@ VERBS = {
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "evaluate": ("scfm.evaluation.evaluate:evaluate", "score a model on a task, beside its baselines"),
-    "convert": ("scfm.checkpoints.convert:convert", "checkpoints from scGPT to scfm and back"),
+    "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
     "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),
     "bench train": ("scfm.bench.train:train", "training steps of a recipe: cells per second, MFU, memory"),

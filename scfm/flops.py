@@ -14,7 +14,10 @@ from typing import Any, Literal
 from torch import nn
 
 from scfm.data.batch import PackedBatch
-from scfm.model.heads import ClassDecoder, ProductDecoder
+from scfm.model.heads import ClassDecoder, GeneClassDecoder, ProductDecoder
+from scfm.model.performer import FeatureMixer
+
+RANDOM = ("exp", "relu", "gelu")  # kernels of random features
 
 
 @dataclass(frozen=True)
@@ -59,31 +62,48 @@ def forward_flops(network: nn.Module, work: Work, heads: Iterable[str] | None = 
     """Return the FLOPs of one forward pass.
 
     Args:
-        network: a model with a `backbone` that has `blocks`, and with `heads` by task, e.g. ScGPT.
+        network: a model with a `backbone` that has `blocks`, and with `heads` and `specs` by task, e.g. ScGPT.
         work: what it is given.
         heads: tasks whose heads count; all unless given.
     """
     model: Any = network
-    tasks = model.heads if heads is None else heads
-    return backbone_flops(model.backbone, work) + sum(head_flops(model.heads[task], work) for task in tasks)
+    tasks = [task for task in model.specs if heads is None or task in heads]
+    tied = sum(model.specs[task].n_out for task in tasks if task not in model.heads)  # bins, by the value embedding
+    read = sum(head_flops(model.heads[task], work) for task in tasks if task in model.heads)
+    return backbone_flops(model.backbone, work) + read + 2.0 * work.unknown * tied * model.backbone.config.width
 
 
 def backbone_flops(backbone: nn.Module, work: Work) -> float:
-    """Return the FLOPs of everything but the heads: the blocks' linear layers on every token, and attention.
+    """Return the FLOPs of everything but the heads: the blocks' linear layers on every token, and what mixes tokens.
 
     The value encoder is left out: bins are few, and each is encoded once per pack. The output projection counts on
     every token, also where `unknown_output_projection: false` replaces its result: 6 N per token, as in the literature.
     """
     model: Any = backbone
-    # per pair, layer and channel: a product for the logit, a product for the value
-    attention = sum(4.0 * block.out_proj.in_features * work.pairs for block in model.blocks)
-    return attention + work.tokens * linear_flops(model.blocks)
+    return sum(mixing_flops(block, work) for block in model.blocks) + work.tokens * linear_flops(model.blocks)
+
+
+def mixing_flops(block: Any, work: Work) -> float:
+    """Return the FLOPs of the genes of a cell reading each other in one block, its linear layers not counted.
+
+    Through m features per head of width d: keys are summed up with values (m x d), and queries read the sums (m x d);
+    random features take a product of queries and keys with m directions besides. Norms of the weights are left out.
+    """
+    width = block.out_proj.in_features
+    mixer = getattr(block, "mixer", None)
+    if not isinstance(mixer, FeatureMixer):
+        return 4.0 * width * work.pairs  # per pair and channel: a product for the logit, a product for the value
+    directions = len(mixer.projection) if mixer.kernel in RANDOM else 0
+    return work.tokens * width * (8.0 * directions if directions else 4.0 * width / block.heads)
 
 
 def head_flops(head: nn.Module, work: Work) -> float:
     """Return the FLOPs of a head on the genes or the cells that it reads."""
     if isinstance(head, ClassDecoder):
         return work.cells * linear_flops(head)
+    if isinstance(head, GeneClassDecoder):
+        per_gene = linear_flops(head.token)
+        return work.tokens * per_gene + work.cells * (linear_flops(head) - per_gene)
     if isinstance(head, ProductDecoder) and head.out is None:  # <W q, c> = <q, W^T c>: W meets cells, not genes
         of_cells = sum(linear_flops(layer) for layer in (head.project, head.nonzero) if layer is not None)
         return work.cells * of_cells + work.unknown * linear_flops(head.query)

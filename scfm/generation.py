@@ -172,7 +172,6 @@ def generate_anndata(
     store, conditions = model.store(prompt), model.conditions_of(prompt)
     asked = asked_genes(model, prompt, genes)
     tokens = model.files.tokens
-    n_bins = tokens.n_bins if tokens.values == "binned" else None
     cells = max(1, tokens_per_pack // (tokens.max_genes + 1 + len(asked)))
     shape = (store.n_cells, len(asked))
     values, confidence, step = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
@@ -182,7 +181,7 @@ def generate_anndata(
             with torch.inference_mode():
                 cell_prompt = model.network(pack).cell
         question = ask(pack, asked.to(pack.genes.device), tokens.mask_value, model, keep_genes=start == "genes")
-        answer = generate(model.network, question, steps, cell_prompt, n_bins)
+        answer = generate(model.network, question, steps, cell_prompt, tokens.bins)
         rows = pack.cell_id[pack.real_cells].cpu().numpy()
         for table, part in ((values, answer.values), (confidence, answer.confidence), (step, answer.step)):
             table[rows] = part.view(len(rows), len(asked)).cpu().numpy()

@@ -25,6 +25,7 @@ from scfm.recipe import Recipe, TaskConfig, check
 from scfm.workload import Cells, Packs, cells_of, mean_work, packs_of, schedule_of
 
 ASSUMED_MFU = 0.38
+WITHOUT_RECOMPUTATION = 3 / 4  # share of a step's FLOPs that are the model's where blocks run forward twice
 USABLE = 0.9  # share of a device's memory; the rest goes to the driver's context and to fragmentation
 HEAP = "memory: what is alive at the fullest moment; a small process held twice that (compiled products, heap)"
 OPTIMIZER_TRAFFIC = 7  # numbers that AdamW moves per weight: reads weight, gradient, two states; writes all but one
@@ -124,6 +125,10 @@ def plan_of(
 ) -> Plan:
     """Plan a run; arguments as those of `plan`. Raises ScfmError for a recipe or an argument that cannot work."""
     check(recipe)
+    if recipe.model.name == "scbert":
+        raise ScfmError(
+            "model.name: scbert is not planned yet; `scfm bench train` times its steps on the machine at hand"
+        )
     for name, number in (("gpus", gpus), ("cells", cells), ("vocabulary", vocabulary)):
         if number is not None and number < 1:
             raise ScfmError(f"--{name}: {number} must be at least 1")
@@ -247,7 +252,9 @@ def memory_plan(
 ) -> tuple[Memory, float, int]:
     """Return the memory of a step, that of the device, and the largest `tokens_per_pack` that fits into it."""
     kind = "cpu" if device == "cpu" else "cuda"
-    slow = kind == "cuda" and product_type(recipe.trainer.precision) == torch.float32  # flash kernels take 16 bits
+    # flash kernels take 16 bits, and heads of a multiple of 8
+    odd = product_type(recipe.trainer.precision) == torch.float32 or recipe.model.width // recipe.model.heads % 8 > 0
+    slow = kind == "cuda" and odd
     auto = recipe.model.backend == "auto"
     dense = recipe.model.backend == "dense" or (auto and slow) or recipe.model.attention_dropout > 0
     longest = int(cells.lengths.max())
@@ -311,10 +318,13 @@ def speed_of(
     gpu = DEVICES[device]
     moved = OPTIMIZER_TRAFFIC * Precision.of(recipe.trainer.precision).weights * parameters_of(network)["trained"]
     source = "measured ceiling" if gpu.measured else "datasheet's dense bf16 peak"
+    recomputes = recipe.trainer.gradient_checkpointing
+    assumed = ASSUMED_MFU * (WITHOUT_RECOMPUTATION if recomputes else 1.0)
+    why = f"ASSUMED, not measured: MFU {assumed:.0%}{', blocks recomputed' if recomputes else ''}"
     said = (
-        f"speed: {'MFU from --mfu' if mfu else 'ASSUMED, not measured: MFU ' + format(ASSUMED_MFU, '.0%')}, as a share "
+        f"speed: {'MFU from --mfu' if mfu else why}, as a share "
         f"of the {source} of {gpu.ceiling / 1e12:,.0f} TFLOP/s; communication and waiting for data are left out"
     )
     if "16" not in str(recipe.trainer.precision):
         said += f"; precision {recipe.trainer.precision} is much slower than bf16, for which the ceiling stands"
-    return Speed(gpu.ceiling, mfu or ASSUMED_MFU, moved / gpu.bandwidth, said)
+    return Speed(gpu.ceiling, mfu or assumed, moved / gpu.bandwidth, said)

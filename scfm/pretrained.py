@@ -108,7 +108,7 @@ class PretrainedModel:
             ScfmError: the model has no head that predicts labels, or as for `embed`.
         """
         network = self.network_at(precision)
-        heads = [head for head in self.files.heads if head.kind == "cls" and head.n_out > 1]
+        heads = [head for head in self.files.heads if head.kind in ("cls", "genes") and head.n_out > 1]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
         store = self.store(adata, accept_normalised, genes)

@@ -20,7 +20,7 @@ from scfm.data.batch import PackedBatch
 from scfm.flops import Work, training_flops
 from scfm.objectives import Objective
 from scfm.recipe import Recipe
-from scfm.training.launch import build_trainer
+from scfm.training.launch import build_trainer, set_up_blocks
 from scfm.training.module import FoundationModule
 
 CEILING_SECONDS = 3.0
@@ -56,7 +56,7 @@ def measure(
     """Time training steps of a network on the CPU, all objectives active, on one pack of synthetic cells.
 
     Args:
-        recipe: its precision, optimizer and masks count.
+        recipe: its precision, optimizer, masks, compilation and recomputation count.
         network: trained in place on random cells; its weights are worthless afterwards.
         objectives: the terms of the loss.
         lengths: (n,) tokens of the cells that the pack should resemble.
@@ -74,6 +74,7 @@ def measure(
     n_cells = max(1, round(min(wished, pack_tokens / mean)))
     chosen = np.quantile(lengths, (np.arange(n_cells) + 0.5) / n_cells, method="nearest").astype(np.int32)
     pack = synthetic_pack(recipe, network, chosen)
+    set_up_blocks(network, recipe.trainer)
     clock = _StepClock()
     options = replace(
         recipe.trainer, accelerator="cpu", devices=1, num_nodes=1, strategy="auto", max_steps=10_000, max_epochs=None,

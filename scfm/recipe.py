@@ -6,6 +6,7 @@ Classes are named by registered names (`model.name: scgpt`), never by import pat
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,15 @@ class DataConfig:
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
         fill_packs: Fill all packs of a global batch to one length with pseudo-cells: even memory, few shapes (GPUs).
-        values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT), or
-            `raw` to hand the model the values as they are (scGPT's perturbation models).
+        values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT; a
+            cell's total is that over the vocabulary's genes, and normalised shards must hold these logarithms already),
+            or `raw` to hand the model the values as they are (scGPT's perturbation models).
         n_bins: Value bins; 0 is zero expression, 1 to n_bins - 1 are quantiles of the cell's non-zero values, or for
             log2 its integers, the last of them and all above.
         tie_policy: Where equal values fall: `left` (all into their highest bin), or `random` (spread, keyed by cell).
         mask_ratios: A cell's share of unknown genes is drawn from these, e.g. [0.25, 0.5, 0.75]; [0] hides nothing.
-        mask_candidates: Genes that may be hidden: `all`, or `expressed`, those whose bin is not 0 (scBERT).
+        mask_candidates: Genes that may be hidden: `all`, of which the share is rounded down (scGPT), or `expressed`,
+            those whose bin is not 0, of which the share is rounded up (scBERT).
         mask_kept: Share of the unknown genes whose value the model sees although it has to predict it (scBERT: 0.1).
         cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
         mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
@@ -103,7 +106,7 @@ class ModelConfig:
     Args:
         name: Registered model name.
         width: Width of a token, D.
-        heads: Attention heads, H; must divide the width.
+        heads: Attention heads, H; must divide the width, but for scBERT, whose heads have a width of their own.
         layers: Transformer blocks.
         hidden: Width of the feed-forward layer (scGPT: the same as the width).
         dropout: Dropout of the value encoder and of both residual branches of a block.
@@ -124,7 +127,8 @@ class ModelConfig:
         mixer: What scBERT's blocks mix genes with: `favor` (FAVOR+ features), `linear` (elu + 1) or exact `softmax`.
         performer: What only scBERT's blocks know.
         gene_table: scBERT: an .npy file of gene vectors (genes, width) that stay frozen, e.g. gene2vec; the gene names
-            stand beside it, one a line, in a .txt file of the same name. Null for vectors that are learned.
+            stand beside it, one a line, in a .txt file of the same name. Null for vectors that are learned. A
+            model that was converted from scBERT names its checkpoint.
         padded_batches: Compute as scGPT does on padded batches: DSBN by the first cell's domain, and padding counted in
             norm statistics and in mean and weighted cell embeddings. For comparisons only: batch mates then matter.
     """
@@ -193,8 +197,14 @@ class OptimizerConfig:
         eps: AdamW's term added to the denominator.
         momentum: Muon's (Nesterov) momentum.
         weight_decay: Decoupled weight decay, on matrices only (no biases, norms or embeddings).
-        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps.
-        schedule: What follows the warm-up: `cosine` to zero, or `constant`.
+        warmup: Optimizer steps of linear warm-up; a number below 1 is a share of all steps. For cosine_restarts, whole
+            epochs at the start of each cycle.
+        schedule: What follows the warm-up: `cosine` to zero, `constant`, or `cosine_restarts`: cycles, each a warm-up
+            and a cosine from min_lr and back to it, the rate the same throughout an epoch (scBERT).
+        cycle_epochs: For cosine_restarts, epochs of the first cycle, its warm-up included.
+        cycle_growth: For cosine_restarts, how many times as long each cosine is as the one before.
+        cycle_decay: For cosine_restarts, the peak rate of each cycle as a share of the one before.
+        min_lr: For cosine_restarts, the rate that cycles start and end with.
         clip: Largest L2 norm of the gradient; 0 turns clipping off.
     """
 
@@ -205,7 +215,11 @@ class OptimizerConfig:
     momentum: float = 0.95
     weight_decay: float = 0.0
     warmup: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "cosine_restarts"] = "cosine"
+    cycle_epochs: int = 15
+    cycle_growth: float = 2.0
+    cycle_decay: float = 0.9
+    min_lr: float = 1e-6
     clip: float = 1.0
 
 
@@ -255,15 +269,25 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When a run is saved.
+    """When a run is saved, which of its weights are exported, and when it ends early.
 
     Args:
         every_steps: Optimizer steps between checkpoints.
-        keep: Checkpoints kept besides the best by validation loss.
+        keep: Checkpoints kept besides the best.
+        best: The validation metric whose best weights are exported, e.g. valid/loss or valid/cls_accuracy; one whose
+            name ends in `accuracy` should be high, any other low.
+        patience: Validations in a row without a better `best` after which the run ends; 0 never ends it early.
     """
 
     every_steps: int = 1000
     keep: int = 2
+    best: str = "valid/loss"
+    patience: int = 0
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether the best metric is the lowest or the highest."""
+        return "max" if self.best.endswith("accuracy") else "min"
 
 
 @dataclass
@@ -335,15 +359,58 @@ class Recipe:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
+# What keys default to where `model.name` is not scgpt: as the model was published
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "scbert": {
+        "data": {
+            "genes": "all",
+            "max_genes": 16906,
+            "values": "log2",
+            "n_bins": 6,
+            "mask_ratios": [0.15],
+            "mask_candidates": "expressed",
+            "mask_kept": 0.1,
+            "cls_value": 0.0,
+            "mask_value": 6.0,
+        },
+        "model": {
+            "name": "scbert",
+            "width": 200,
+            "heads": 10,
+            "layers": 6,
+            "hidden": 800,
+            "dropout": 0.0,
+            "attention": "full",
+            "cell_embedding": "mean",
+        },
+    }
+}
+
+
+def defaults_of(model_name: str) -> Recipe:
+    """Return a recipe in which every key has its default for a model."""
+    published = PUBLISHED.get(model_name, {})
+    return Recipe(data=DataConfig(**published.get("data", {})), model=ModelConfig(**published.get("model", {})))
+
+
 def check(recipe: Recipe) -> None:
     """Refuse values that cannot work, naming the key. Raises ScfmError."""
     data, model = recipe.data, recipe.model
     rules = [
-        (model.width % model.heads == 0, f"model.heads: {model.heads} does not divide model.width {model.width}"),
+        (
+            model.width % model.heads == 0 or model.name == "scbert",
+            f"model.heads: {model.heads} does not divide model.width {model.width}",
+        ),
         (0 <= model.attention_dropout < 1, f"model.attention_dropout: {model.attention_dropout} must lie in [0, 1)"),
         (data.n_bins >= 3, f"data.n_bins: {data.n_bins} is too few; at least 3 (zero, and two bins of values)"),
         (bool(data.mask_ratios), "data.mask_ratios: is empty; [0] hides nothing"),
         (all(0 <= r < 1 for r in data.mask_ratios), f"data.mask_ratios: {data.mask_ratios} must lie in [0, 1)"),
+        (0 <= data.mask_kept < 1, f"data.mask_kept: {data.mask_kept} must lie in [0, 1)"),
+        (
+            data.mask_kept == 0 or model.attention == "full",
+            f"data.mask_kept: {data.mask_kept} shows values of unknown genes, which generative attention never reads; "
+            "set model.attention to full",
+        ),
         (data.max_genes >= 1, f"data.max_genes: {data.max_genes} must be at least 1"),
         (
             data.tokens_per_pack > data.max_genes,
@@ -351,6 +418,7 @@ def check(recipe: Recipe) -> None:
         ),
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
         (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
+        (recipe.checkpoint.patience >= 0, f"checkpoint.patience: {recipe.checkpoint.patience} must be at least 0"),
         (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
         (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),
         (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),
@@ -358,8 +426,9 @@ def check(recipe: Recipe) -> None:
     wrong = [message for holds, message in rules if not holds]
     names = [objective.name for objective in recipe.objectives]
     wrong += [f"objectives: {name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
-    hides = any(int(ratio * data.max_genes) > 0 for ratio in data.mask_ratios)
-    for name in ("gep", "gepc", "cell_prompt"):
+    most = [ratio * data.max_genes for ratio in data.mask_ratios]
+    hides = any(math.ceil(n) if data.mask_candidates == "expressed" else int(n) for n in most)
+    for name in ("gep", "gepc", "cell_prompt", "masked_bin"):
         if name in names and not hides:
             wrong.append(
                 f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none"
@@ -372,9 +441,40 @@ def check(recipe: Recipe) -> None:
     for objective in recipe.objectives:
         if data.values == "raw" and objective.loss == "cross_entropy":
             wrong.append(f"objectives: {objective.name} has loss cross_entropy over bins, but data.values is raw")
+    if "masked_bin" in names and data.mask_candidates != "expressed":
+        wrong.append("objectives: masked_bin predicts bins of expressed genes; set data.mask_candidates: expressed")
+    if model.name == "scbert":
+        if data.values == "raw":
+            wrong.append("data.values: scBERT embeds bins; choose log2 or binned instead of raw")
+        if data.mask_value != data.n_bins:
+            wrong.append(f"data.mask_value: {data.mask_value:g}; scBERT's hidden genes hold data.n_bins, {data.n_bins}")
+        if recipe.trainer.compile and model.mixer == "favor" and model.performer.kernel in ("gelu", "none"):
+            wrong.append(f"trainer.compile: the kernel {model.performer.kernel} of model.performer does not compile")
+        if data.cls_value not in range(data.n_bins):
+            wrong.append(f"data.cls_value: {data.cls_value:g}; scBERT embeds bins, 0 to {data.n_bins - 1}")
     if data.values == "raw" and model.value_encoder == "category":
         wrong.append("model.value_encoder: category embeds bins, but data.values is raw; use continuous or scaling")
     if model.value_encoder == "scaling" and model.attention == "full" and hides:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
+    if recipe.optimizer.schedule == "cosine_restarts":
+        wrong += wrong_cycles(recipe.optimizer)
     if wrong:
         raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
+
+
+def wrong_cycles(optimizer: OptimizerConfig) -> list[str]:
+    """Return what keeps the cycles of cosine_restarts from working, by key."""
+    warmup, length = optimizer.warmup, optimizer.cycle_epochs
+    rules = [
+        (
+            warmup >= 0 and warmup == int(warmup) and warmup < length,
+            f"optimizer.warmup: {warmup:g} must be whole epochs, fewer than the {length} of optimizer.cycle_epochs",
+        ),
+        (optimizer.cycle_growth >= 1, f"optimizer.cycle_growth: {optimizer.cycle_growth:g} must be at least 1"),
+        (0 < optimizer.cycle_decay <= 1, f"optimizer.cycle_decay: {optimizer.cycle_decay:g} must lie in (0, 1]"),
+        (
+            0 <= optimizer.min_lr <= optimizer.lr,
+            f"optimizer.min_lr: {optimizer.min_lr:g} must lie in [0, optimizer.lr]",
+        ),
+    ]
+    return [message for holds, message in rules if not holds]

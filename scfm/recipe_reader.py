@@ -14,6 +14,7 @@ import yaml
 
 from scfm.errors import ScfmError
 from scfm.recipe import (
+    PUBLISHED,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from scfm.recipe import (
     TaskConfig,
     TrainerConfig,
     WandbConfig,
+    defaults_of,
 )
 
 if TYPE_CHECKING:
@@ -55,14 +57,16 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, base
     Args:
         path: the file; None for the defaults alone.
         overrides: keys that win over the file's, nested like it.
-        base: what keys default to that neither names.
+        base: what keys default to that neither names; unless given, as the model is published that they name.
 
     Raises:
         ScfmError: the file cannot be read, or a key is unknown or of the wrong type.
     """
     # the parser turns sections into its own type in place; the caller's dictionaries stay as they are
     content = deepcopy(merged(read_yaml(path) if path else {}, overrides or {}))
-    parser = recipe_parser(base or Recipe())
+    section = content.get("model")
+    name = section.get("name") if isinstance(section, dict) else None
+    parser = recipe_parser(base or defaults_of(str(name)))
     return parsed(parser, lambda: parser.parse_object(content), str(path or "recipe"))
 
 
@@ -71,8 +75,9 @@ def parse_recipe(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Return the recipe of a command line, and the options that its verb's function takes besides.
 
-    A recipe with a `from` key defaults to that model's own shape and tokenisation. An option of the verb that bears the
-    name of a key (`out`) takes its place on the command line; in a file it is the key.
+    A recipe with a `from` key defaults to that model's own shape and tokenisation, another one to those that the model
+    it names was published with. An option of the verb that bears the name of a key (`out`) takes its place on the
+    command line; in a file it is the key.
     """
     from jsonargparse import ArgumentError
 
@@ -102,6 +107,8 @@ def parse_recipe(
             from scfm.checkpoints.native import read_model
 
             parser = parser_on(like(read_model(first["from"])))
+        elif first["model"]["name"] in PUBLISHED:
+            parser = parser_on(defaults_of(first["model"]["name"]))
         options = {name: given[name] if name in in_place else first[name] for name in own}
         return parsed(parser, lambda: parse(parser), program), options
     except ArgumentError as error:

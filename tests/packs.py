@@ -36,3 +36,12 @@ def random_pack(
     )
     batch.values.masked_fill_(batch.unknown_mask, -1)
     return batch
+
+
+def bin_pack(lengths: Sequence[int], known: Sequence[int], seed: int = 0) -> PackedBatch:
+    """As `random_pack`, with values as scBERT has them: `<cls>` holds bin 0, hidden genes hold N_BINS."""
+    batch = random_pack(lengths, known, seed)
+    assert batch.targets is not None
+    batch.targets.clamp_(min=0)
+    batch.values.clamp_(min=0).masked_fill_(batch.unknown_mask, N_BINS)
+    return batch

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from packs import N_BINS, N_GENES, PAD, random_pack
+from packs import N_BINS, N_GENES, PAD, bin_pack, random_pack
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.flops import DEVICES, Work, backbone_flops, forward_flops, training_flops
-from scfm.model import ScGPT
+from scfm.model import ScBERT, ScGPT
 from scfm.model.heads import HeadSpec
 from scfm.objectives import build_objectives
-from scfm.recipe import ModelConfig, ObjectiveConfig
+from scfm.recipe import ModelConfig, ObjectiveConfig, PerformerConfig
 
 WIDTH, HIDDEN, LAYERS = 16, 24, 2
 LENGTHS, KNOWN = [9, 6, 1], [4, 6, 1]
@@ -61,6 +61,45 @@ def linear_part(network: nn.Module, work: Work, **options: Any) -> float:
 def test_linear_layers_count_as_in_torch(heads: list[HeadSpec], attention: Any) -> None:
     network, pack = model(heads, attention=attention), random_pack(LENGTHS, KNOWN)
     assert linear_part(network, Work.of(pack, attention)) == counted(network, pack)["linear"]
+
+
+def scbert(heads: list[HeadSpec], mixer: str, **form: Any) -> ScBERT:
+    performer = PerformerConfig(head_width=8, features=24, **form)
+    shape: dict[str, Any] = {"width": WIDTH, "heads": 4, "layers": LAYERS, "hidden": HIDDEN, "dropout": 0.0}
+    config = ModelConfig(name="scbert", **shape, attention="full", mixer=mixer, performer=performer)
+    return ScBERT(config, N_GENES + 2, PAD, N_BINS, {}, {}, heads).double()
+
+
+@pytest.mark.parametrize(
+    ("mixer", "form"),
+    [
+        ("favor", {}),
+        ("favor", {"kernel": "relu", "glu": True}),
+        ("favor", {"tied": True}),
+        ("linear", {"reversible": True}),
+        ("softmax", {}),
+    ],
+    ids=str,
+)
+def test_scbert_counts_as_in_torch(mixer: str, form: dict[str, Any]) -> None:
+    """Backbone, masked bins and the classes that are read from all genes; cells of one length, for softmax is dense."""
+    heads = [HeadSpec("masked_bin", "bins", N_BINS + 1), HeadSpec("annotation", "genes", 4, list("abcd"))]
+    network, pack = scbert(heads, mixer, **form), bin_pack([9, 9, 9], [4, 6, 1])
+    work = Work.of(pack, "full")
+    assert forward_flops(network, work) == sum(counted(network, pack).values())
+
+
+def test_a_cell_of_scbert_by_hand() -> None:
+    """16,907 genes of the published model: 8 m d per head in FAVOR+, a tenth of what exact attention would take."""
+    config = ModelConfig("scbert", 200, 10, 6, 800, 0.0, attention="full")
+    with torch.device("meta"):
+        network, exact = (
+            ScBERT(replace(config, mixer=mixer), 16908, 16906, 6, {}, {}, []) for mixer in ("favor", "softmax")
+        )
+    work = Work.of_cell(16907, 16907 - 135, "full")
+    linear = 6 * 16907 * 2 * (3 * 200 * 640 + 640 * 200 + 2 * 200 * 800)
+    assert backbone_flops(network.backbone, work) == linear + 6 * 16907 * 8 * 640 * 266
+    assert backbone_flops(exact.backbone, work) == linear + 6 * 4 * 640 * 16907**2
 
 
 def test_value_encoders_do_not_count() -> None:

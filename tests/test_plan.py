@@ -17,6 +17,7 @@ from scfm.data.shards import open_shards, read_manifest
 from scfm.errors import ScfmError
 from scfm.flops import DEVICES, Work
 from scfm.plan import ASSUMED_MFU, USABLE, cells_of, network_of, objectives_of, plan_of
+from scfm.rate import measure
 from scfm.recipe import Recipe
 from scfm.recipe_reader import read_recipe
 from scfm.workload import mean_work, packs_of, schedule_of
@@ -68,6 +69,21 @@ def test_filling_costs_time_but_is_no_model_flop() -> None:
     assert filled.packs.filling == filled.packs.rounds * filled.packs.tokens - real < 0.02 * real
     assert bare.packs.filling == 0
     assert bare.packs.tokens < filled.packs.tokens <= 65_536
+
+
+def test_recomputed_blocks_take_a_third_more_time() -> None:
+    kept, again = (
+        plan_of(whole_human(trainer={"max_steps": 10, "gradient_checkpointing": key}), "h200") for key in (False, True)
+    )
+    assert again.flops_per_cell == kept.flops_per_cell
+    assert again.mfu == pytest.approx(0.75 * kept.mfu)
+    assert again.seconds == pytest.approx(4 / 3 * kept.seconds, rel=0.01)  # type: ignore[operator]
+    assert any("blocks recomputed" in line for line in again.assumptions)
+
+
+def test_heads_that_no_flash_kernel_takes_keep_the_mask() -> None:
+    flash, dense = (plan_of(whole_human(model={"width": 480, "heads": heads}), "h100") for heads in (10, 24))
+    assert dense.memory["activations"] > 1.2 * flash.memory["activations"]
 
 
 def test_the_largest_pack_fits_and_the_next_does_not() -> None:
@@ -198,6 +214,18 @@ def test_this_cpu_is_measured(tmp_path: Path, precision: str, monkeypatch: pytes
     assert plan.seconds > 0
     assert any("real training steps on one pack" in line for line in plan.assumptions)
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_are_timed_with_blocks_as_the_recipe_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scfm.rate.CEILING_SECONDS", 0.1)
+    monkeypatch.setattr("scfm.rate.TIMED_SECONDS", 0.0)
+    trainer = {"gradient_checkpointing": True}
+    recipe = tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run", trainer=trainer)
+    cells = cells_of(recipe, None, None)
+    objectives = objectives_of(recipe, cells)[0]
+    network: Any = network_of(recipe, cells, objectives)
+    measure(recipe, network, objectives, cells.lengths, 400)
+    assert network.backbone.recompute
 
 
 def test_frozen_weights_have_no_optimizer_states(tmp_path: Path) -> None:

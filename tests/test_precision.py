@@ -11,17 +11,17 @@ import pytest
 import torch
 from anndata import AnnData
 from cells import made_up_cells
-from packs import N_BINS, N_GENES, PAD, random_pack
+from packs import N_BINS, N_GENES, PAD, bin_pack, random_pack
 from runs import tiny_recipe, write_shards
 
 import scfm
 from scfm.cli import main
 from scfm.errors import ScfmError
-from scfm.model import ScGPT
+from scfm.model import ScBERT, ScGPT
 from scfm.model import precision as precision_module
 from scfm.model.heads import HeadSpec
 from scfm.model.precision import at_precision
-from scfm.recipe import ModelConfig
+from scfm.recipe import ModelConfig, PerformerConfig
 from scfm.training.run import pretrain
 
 CPU = torch.device("cpu")
@@ -168,3 +168,29 @@ def test_unlike_types_of_weights_are_not_cast_silently() -> None:
     batch = random_pack([6, 3], [6, 3])
     with pytest.raises(RuntimeError, match="dtype"):
         network.eval()(replace(batch, values=batch.values.double()))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "form"),
+    [("favor", {}), ("favor", {"mode": "compat", "glu": True}), ("linear", {"norm": "scale"}), ("softmax", {})],
+    ids=str,
+)
+def test_scbert_in_bf16_is_near_float32(mixer: str, form: dict[str, Any]) -> None:
+    """Its features, like its residuals, stay in float32."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        name="scbert", width=32, heads=2, layers=2, hidden=32, dropout=0.0, attention="full", mixer=mixer,
+        cell_embedding="mean", performer=PerformerConfig(**{"head_width": 16, **form}),
+    )  # fmt: skip
+    heads = [HeadSpec("masked_bin", "bins", N_BINS + 1), HeadSpec("annotation", "genes", 3, ["a", "b", "c"])]
+    network = ScBERT(config, N_GENES + 2, PAD, N_BINS, {}, {}, heads).eval()
+    twin, pack = at_precision(network, "bf16", CPU), bin_pack([30, 20, 9], [20, 10, 5])
+    with torch.inference_mode():
+        exact, fast = network(pack), twin(pack)
+    assert torch.nn.functional.cosine_similarity(exact.cell, fast.cell).min() > 0.999
+    assert not torch.equal(exact.cell, fast.cell)
+    assert (exact.predictions["masked_bin"] - fast.predictions["masked_bin"]).abs().max() < 0.1
+    assert fast.tokens.dtype == torch.float32
+    assert twin.backbone.blocks[0].qkv.weight.dtype == torch.bfloat16
+    if mixer == "favor":
+        assert twin.backbone.blocks[0].mixer.projection.dtype == torch.float32

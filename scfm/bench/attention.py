@@ -8,7 +8,7 @@ other processes nor threads that wait for each other change it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -75,9 +75,12 @@ def attention(
     device: Literal["cpu", "cuda"] = "cpu",
     precision: Literal["32", "bf16"] = "32",
     repeats: int = 7,
+    mixer: Literal["favor", "linear", "softmax", "all"] | None = None,
+    lengths: Sequence[int] = (2048, 4096, 8192, 16384),
+    plot: str | None = None,
     out: str | None = None,
 ) -> None:
-    """Time attention forward, and forward with backward, of each backend beside the dense mask.
+    """Time attention forward, and forward with backward, of each backend beside the dense mask; or scBERT's mixers.
 
     Args:
         cells: Cells, all equally long: the dense mask, which pads cells to one length, has nothing to pad.
@@ -87,9 +90,16 @@ def attention(
         known: Share of a cell's genes that all its tokens see; 1 is full attention.
         device: Where it runs.
         precision: Type of queries, keys and values.
-        repeats: Rounds in which each backend is timed once.
+        repeats: Rounds in which each backend, or mixer, is timed once.
+        mixer: Time this mixer of scBERT, or all of them, on one cell with full attention instead of the backends.
+        lengths: With --mixer, genes of the cell.
+        plot: With --mixer, a .png file for the curves.
         out: File that also receives the JSON.
     """
+    if mixer is not None:
+        from scfm.bench.mixers import publish_mixers
+
+        return publish_mixers(mixer, lengths, heads, head_width, device, precision, repeats, out, plot)
     result = bench_attention(cells, tokens, heads, head_width, known, device, precision, repeats)
     backends = result["backends"]
     lines = [
@@ -104,6 +114,7 @@ def attention(
             f"{both['speed_to_dense']:.3g}x dense"
         )
     publish("attention", result, "\n".join(lines), out)
+    return None
 
 
 def bench_attention(
@@ -209,19 +220,15 @@ def per_call(action: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of a call, warm: of its kernels on a GPU, else CPU time of this thread."""
 
     def seconds(calls: int) -> float:
-        def repeated() -> None:
-            for _ in range(calls):
-                action()
-
         if device.type == "cuda":
-            return seconds_of(repeated, device)
+            return seconds_of(action, device, calls)
         start = time.thread_time()
-        repeated()
-        return time.thread_time() - start
+        for _ in range(calls):
+            action()
+        return (time.thread_time() - start) / calls
 
     seconds(1)
-    calls = max(1, round(TIMED_SECONDS / max(seconds(1), 1e-6)))
-    return seconds(calls) / calls
+    return seconds(max(1, round(TIMED_SECONDS / max(seconds(1), 1e-6))))
 
 
 def errors_of(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.recipe import TiePolicy
 
-VOCABULARY_SIZE = 20_000
 CELLS_PER_SHARD = 20_000
 FILLED_BATCHES = 20
 
@@ -28,9 +28,15 @@ def loader(
     *,
     cells: int = 40_000,
     genes: int = 1500,
+    vocabulary: int = 20_000,
+    read: Literal["expressed", "all"] = "expressed",
     max_genes: int = 1199,
+    values_as: Literal["binned", "log2"] = "binned",
     n_bins: int = 51,
     tie_policy: TiePolicy = "left",
+    mask_ratios: Sequence[float] = (0.25, 0.5, 0.75),
+    mask_candidates: Literal["all", "expressed"] = "all",
+    mask_kept: float = 0.0,
     cells_per_batch: int = 512,
     tokens_per_pack: int = 65536,
     threads: int = 1,
@@ -42,9 +48,15 @@ def loader(
     Args:
         cells: Synthetic cells.
         genes: Mean number of expressed genes in a cell.
+        vocabulary: Genes of the vocabulary.
+        read: Whether the expressed genes of a cell become tokens, or all of the vocabulary.
         max_genes: Most genes of a cell that become tokens.
+        values_as: Quantile bins (scGPT) or log2 (scBERT).
         n_bins: Number of value bins.
         tie_policy: Where equal values fall.
+        mask_ratios: Shares of unknown genes, of which every cell draws one.
+        mask_candidates: Genes that may be hidden.
+        mask_kept: Share of the unknown genes that show their value.
         cells_per_batch: Cells in a global batch.
         tokens_per_pack: Most tokens in a pack.
         threads: Threads that prepare batches.
@@ -52,8 +64,11 @@ def loader(
         out: File that also receives the JSON.
     """
     at_least_one(cells=cells, genes=genes, threads=threads, epochs=epochs)
-    tokens = TokenConfig(max_genes=max_genes, n_bins=n_bins, tie_policy=tie_policy)
-    result = bench_loader(cells, genes, tokens, cells_per_batch, tokens_per_pack, threads, epochs)
+    tokens = TokenConfig(
+        genes=read, max_genes=max_genes, values=values_as, n_bins=n_bins, tie_policy=tie_policy,
+        mask_ratios=tuple(mask_ratios), mask_candidates=mask_candidates, mask_kept=mask_kept,
+    )  # fmt: skip
+    result = bench_loader(cells, genes, vocabulary, tokens, cells_per_batch, tokens_per_pack, threads, epochs)
     line = (
         f"loader: {result['cells_per_second']['median']:,.0f} cells/s "
         f"({result['cells_per_cpu_second']['median']:,.0f} per CPU second) of {result['tokens_per_cell']} tokens, "
@@ -63,15 +78,21 @@ def loader(
 
 
 def bench_loader(
-    cells: int, genes: int, tokens: TokenConfig, cells_per_batch: int, tokens_per_pack: int, threads: int, epochs: int
+    cells: int,
+    genes: int,
+    vocabulary: int,
+    tokens: TokenConfig,
+    cells_per_batch: int,
+    tokens_per_pack: int,
+    threads: int,
+    epochs: int,
 ) -> dict[str, Any]:
     """Return cells per second, by the wall and per second of CPU time of the whole process, best and median epoch.
 
-    Shards are written to a temporary directory, memory-mapped and read shuffled, warm from the page cache; scGPT's
-    three mask ratios apply unless `tokens` says otherwise.
+    Shards are written to a temporary directory, memory-mapped and read shuffled, warm from the page cache.
     """
     with tempfile.TemporaryDirectory(prefix="scfm-bench-") as folder:
-        mean_genes = _write_shards(Path(folder), cells, genes)
+        mean_genes = _write_shards(Path(folder), cells, genes, vocabulary)
         store = open_shards(folder)
         tokeniser = Tokeniser(tokens, store.vocabulary, store.value_kind)
         order = CellOrder(range(store.n_cells), cells_per_batch, seed=0)
@@ -94,10 +115,15 @@ def bench_loader(
         "tokens_per_cell": round(n_tokens / read, 1),
         "genes_per_cell": round(mean_genes, 1),
         "cells": cells,
+        "vocabulary": vocabulary,
+        "read": tokens.genes,
         "max_genes": tokens.max_genes,
+        "values": tokens.values,
         "n_bins": tokens.n_bins,
         "tie_policy": tokens.tie_policy,
         "mask_ratios": list(tokens.mask_ratios),
+        "mask_candidates": tokens.mask_candidates,
+        "mask_kept": tokens.mask_kept,
         "cells_per_batch": cells_per_batch,
         "tokens_per_pack": tokens_per_pack,
         "threads": threads,
@@ -112,13 +138,13 @@ def empty_when_filled(store: CellStore, order: CellOrder, tokeniser: Tokeniser, 
     return round(1 - sum(pack.sizes.tokens for pack in packs) / sum(pack.n_tokens for pack in packs), 5)
 
 
-def _write_shards(folder: Path, cells: int, genes: int) -> float:
+def _write_shards(folder: Path, cells: int, genes: int, vocabulary: int) -> float:
     """Write synthetic shards and return the mean number of expressed genes."""
     generator = np.random.default_rng(0)
-    writer = ShardWriter(folder, synthetic_vocabulary(VOCABULARY_SIZE), "counts")
+    writer = ShardWriter(folder, synthetic_vocabulary(vocabulary), "counts")
     written = 0
     for first in range(0, cells, CELLS_PER_SHARD):
-        block = synthetic_block(generator, min(CELLS_PER_SHARD, cells - first), genes, VOCABULARY_SIZE)
+        block = synthetic_block(generator, min(CELLS_PER_SHARD, cells - first), genes, vocabulary)
         writer.write(block, {})
         written += len(block.genes)
     writer.finish()

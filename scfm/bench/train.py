@@ -162,7 +162,7 @@ def about(job: Job, trainer: L.Trainer, genes: int) -> dict[str, Any]:
     recipe, device = job.recipe, trainer.strategy.root_device
     data, model = recipe.data, recipe.model
     dtype = product_type(str(trainer.precision))
-    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend)
+    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend, model.attention_dropout)
     return {
         "device": device_name(device),
         "devices": trainer.world_size,

@@ -31,8 +31,10 @@ def add_genes(
         genes: the new genes; those that the vocabulary has already are passed over.
 
     Raises:
-        ScfmError: the vocabulary has them all.
+        ScfmError: the vocabulary has them all, or the model is none of scGPT's.
     """
+    if files.model.name != "scgpt":
+        raise ScfmError(f"--add-genes: a model of the kind {files.model.name} reads the genes that it was trained on")
     vocabulary = files.vocabulary
     n = vocabulary.n_genes
     matched = vocabulary.match([gene.ensembl for gene in genes], [gene.symbol for gene in genes])

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from scfm.baselines.majority_bin import majority_bins_of
 from scfm.checkpoints.native import ModelFiles
-from scfm.checkpoints.scgpt.report import Report
-from scfm.recipe import Recipe
+from scfm.checkpoints.report import Report
+from scfm.recipe import CheckpointConfig, ModelConfig, Recipe
 from scfm.version import __version__
+
+PAPERS = {
+    "scGPT": "Cui et al., Nature Methods 2024",
+    "scBERT": "Yang et al., Nature Machine Intelligence 2022",
+}
 
 
 def model_card(
@@ -49,9 +55,10 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
-        f"| attention | {model.attention} |",
+        f"| {mixing_of(model)} |",
         f"| values | {values_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary, at most {tokens.max_genes:,} per cell |",
+        *([f"| gene vectors | frozen, from {model.gene_table} |"] if model.gene_table else []),
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
         "",
@@ -67,7 +74,7 @@ def model_card(
     ]
     if recipe.from_model:
         lines.append(f"| started from | {recipe.from_model} |")
-    lines += ["", *data_section(files.training_data), *validation_section(metrics, baselines)]
+    lines += ["", *data_section(files.training_data), *validation_section(metrics, baselines, recipe.checkpoint)]
     if labels := labels_of(files):
         lines += ["## Labels", "", ", ".join(labels), ""]
     return "\n".join(lines)
@@ -75,27 +82,43 @@ def model_card(
 
 def values_of(files: ModelFiles) -> str:
     """Return in words what a gene's value is and how the model reads it."""
-    binned = f"{files.tokens.n_bins} quantile bins per cell" if files.tokens.values == "binned" else "as they are"
-    return f"{files.value_kind}, {binned}, {files.model.value_encoder} encoder"
+    n_bins, model = files.tokens.n_bins, files.model
+    read_as = {
+        "binned": f"{n_bins} quantile bins per cell",
+        "log2": f"log2(1 + expression per 10,000) rounded down, at most {n_bins - 1}",
+        "raw": "as they are",
+    }
+    encoder = "embedding of bins" if model.name == "scbert" else f"{model.value_encoder} encoder"
+    return f"{files.value_kind}, {read_as[files.tokens.values]}, {encoder}"
+
+
+def mixing_of(model: ModelConfig) -> str:
+    """Return how the genes of a cell read each other, as two columns of a table."""
+    form = model.performer
+    if model.name != "scbert":
+        return f"attention | {model.attention}"
+    features = f", {form.mode}, kernel {form.kernel}" if model.mixer == "favor" else ""
+    return f"mixer | {model.mixer}{features}, heads of width {form.head_width}"
 
 
 def converted_card(files: ModelFiles, report: Report) -> str:
-    """Return the card of a model that was converted from an scGPT checkpoint, as Markdown.
+    """Return the card of a model that was converted from another program's checkpoint, as Markdown.
 
     Args:
         files: the model's own description.
         report: what the conversion did.
     """
-    model, tokens, converted = files.model, files.tokens, files.training_data["converted"]
+    model, converted = files.model, files.training_data["converted"]
+    original = converted["from"]
     lines = [
         "---",
         "library_name: scfm",
-        "tags: [single-cell, transcriptomics, foundation-model, scGPT]",
+        f"tags: [single-cell, transcriptomics, foundation-model, {original}]",
         "---",
-        f"# {model.name}, {report.n_parameters:,} parameters, converted from scGPT",
+        f"# {model.name}, {report.n_parameters:,} parameters, converted from {original}",
         "",
-        f"Converted by scfm {__version__} from the scGPT checkpoint {converted['file']}: its weights, none of them "
-        "trained or changed since. Cite scGPT (Cui et al., Nature Methods 2024) and whoever trained it.",
+        f"Converted by scfm {__version__} from the {original} checkpoint {converted['file']}: its weights, none of "
+        f"them trained or changed since. Cite {original} ({PAPERS[original]}) and whoever trained it.",
         "",
         "```python",
         "import scfm",
@@ -108,11 +131,11 @@ def converted_card(files: ModelFiles, report: Report) -> str:
         "|---|---|",
         f"| tensors | {report.n_tensors}, layout {report.layout} |",
         f"| width, heads, layers, hidden | {model.width}, {model.heads}, {model.layers}, {model.hidden} |",
-        f"| attention | {model.attention} |",
+        f"| {mixing_of(model)} |",
         f"| values | {values_of(files)} |",
-        f"| tokens | preset {converted['preset']}: `<cls>` has the value {tokens.cls_value:g}, at most "
-        f"{tokens.max_genes:,} genes per cell, ties {tokens.tie_policy} |",
+        f"| tokens | {tokens_of(files)} |",
         f"| genes | {files.vocabulary.n_genes:,} in the vocabulary |",
+        *([f"| gene vectors | frozen, from {model.gene_table} |"] if model.gene_table else []),
         f"| heads | {', '.join(f'{head.task} ({head.kind})' for head in files.heads) or 'none'} |",
         f"| conditions | {', '.join([*files.cell_conditions, *files.gene_conditions]) or 'none'} |",
         f"| left behind | {', '.join(report.left_behind) or 'nothing'} |",
@@ -125,6 +148,15 @@ def converted_card(files: ModelFiles, report: Report) -> str:
     if report.notes:
         lines += ["## Notes", *(f"- {note}" for note in report.notes), ""]
     return "\n".join(lines)
+
+
+def tokens_of(files: ModelFiles) -> str:
+    """Return in words which tokens a converted model reads."""
+    tokens, preset = files.tokens, files.training_data["converted"].get("preset")
+    cls = f"`<cls>` has the value {tokens.cls_value:g}"
+    if preset is None:
+        return f"all genes of the vocabulary, and {cls}"
+    return f"preset {preset}: {cls}, at most {tokens.max_genes:,} genes per cell, ties {tokens.tie_policy}"
 
 
 def labels_of(files: ModelFiles) -> list[str]:
@@ -142,19 +174,32 @@ def data_section(training_data: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def validation_section(metrics: Sequence[tuple[int, str, float]], baselines: dict[str, float]) -> list[str]:
+def validation_section(
+    metrics: Sequence[tuple[int, str, float]], baselines: dict[str, float], config: CheckpointConfig
+) -> list[str]:
     """Return the best validation step beside the baselines, and in words whether the model beats them."""
-    losses = [(value, step) for step, name, value in metrics if name == "valid/loss"]
-    if not losses:
+    sign = -1 if config.mode == "max" else 1
+    judged = [(sign * value, step) for step, name, value in metrics if name == config.best]
+    if not judged:
         return ["## Validation", "No cells were held out.", ""]
-    step = min(losses)[1]
+    step = min(judged)[1]
     lines = [f"## Validation (held-out cells, step {step:,}, the one exported)", "| metric | value |", "|---|---|"]
     at_best = {
         name.removeprefix("valid/"): value for s, name, value in metrics if s == step and name.startswith("valid/")
     }
     lines += [f"| {name} | {value:.4g} |" for name, value in at_best.items()]
     lines += [f"| baseline: predict the {name}, MSE | {value:.4g} |" for name, value in baselines.items()]
+    guesses = majority_bins_of(metrics)
+    lines += [f"| baseline: guess the {name}, accuracy | {value:.4g} |" for name, value in guesses.items()]
     lines.append("")
+    if guesses and "masked_bin_accuracy" in at_best:
+        accuracy, best = at_best["masked_bin_accuracy"], max(guesses, key=lambda name: guesses[name])
+        verdict = "above" if accuracy > guesses[best] else "NOT above"
+        lines += [
+            f"The accuracy of masked bins, {accuracy:.4g}, is {verdict} that of guessing the {best}, "
+            f"{guesses[best]:.4g}.",
+            "",
+        ]
     if baselines:
         error = at_best.get("gep_mse", at_best.get("gep"))
         best = min(baselines, key=lambda name: baselines[name])

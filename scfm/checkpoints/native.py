@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -76,7 +76,7 @@ class ModelFiles:
             self.model,
             n_tokens=len(self.vocabulary),
             pad=self.vocabulary.pad,
-            n_bins=self.tokens.n_bins if self.tokens.values == "binned" else 1,  # raw values have none
+            n_bins=self.tokens.bins or 1,
             cell_conditions={name: len(names) for name, names in self.cell_conditions.items()},
             gene_conditions={name: len(names) for name, names in self.gene_conditions.items()},
             heads=self.heads,
@@ -123,7 +123,8 @@ def as_plain(files: ModelFiles) -> dict[str, Any]:
     """Return what config.json, conditions.json and training_data.json say, by these names."""
     config = {
         "format_version": FORMAT_VERSION,
-        "model": asdict(files.model),
+        # the kernels that it was trained with may not run where it is used, or in that precision
+        "model": asdict(replace(files.model, backend="auto")),
         "tokens": asdict(files.tokens),
         "value_kind": files.value_kind,
         "vocabulary_hash": files.vocabulary.hash,

@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 from scfm.data import sources
 from scfm.data.cellxgene import full_length_assays
 from scfm.data.genes import with_names_of
+from scfm.data.inflating import read_span
 from scfm.data.organisms import canonical_organism, spoken
 from scfm.data.sources import NOT_PRIMARY, Source, fingerprint_of
 from scfm.errors import ScfmError
@@ -126,7 +127,7 @@ class H5adSource(Source):
             if self._encoding == "csc_matrix":
                 return self._read_columns(first, last)
             start, stop = self._indptr[first], self._indptr[last]
-            values, columns = self._matrix["data"][start:stop], self._matrix["indices"][start:stop]
+            values, columns = (read_span(self._matrix[name], start, stop) for name in ("data", "indices"))
         self._expect_below(columns, len(self.var))
         return csr_matrix((values, columns, self._indptr[first : last + 1] - start), shape)
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from scfm.data.batch import PackedBatch, Sizes
+from scfm.data.log_binning import check_logarithms
 from scfm.data.order import CellOrder
 from scfm.data.packing import deal, filled_length, positions_of
 from scfm.data.store import CellStore
@@ -38,6 +39,8 @@ class PackLoader:
         threads: threads that prepare batches.
         prefetch: global batches prepared ahead.
         pin_memory: put batches into page-locked memory.
+
+    Raises ScfmError for normalised cells that are none of the logarithms that `data.values: log2` reads.
 
     Attributes:
         wait_seconds: time that the consumer waited for a batch, so far.
@@ -66,6 +69,8 @@ class PackLoader:
         self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.pin_memory = threads, prefetch, pin_memory
         self.wait_seconds = 0.0
+        if tokeniser.config.values == "log2":
+            check_logarithms(store)
         for key, number in (("data.threads", threads), ("data.prefetch", prefetch)):
             if number < 1:
                 raise ScfmError(f"{key}: {number} must be at least 1")

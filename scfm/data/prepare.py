@@ -69,7 +69,8 @@ def prepare(
         vocabulary: vocab.json, or a text file with a gene per line; without it the union of all sources' genes.
         genes: tables of genes (HGNC, GENCODE ...), the most trusted first: id, symbol and old names are the same gene.
         obs: categorical obs columns to carry along; a source that lacks one gets missing values.
-        accept_normalised: take values that are not counts as float32, of which only the order within a cell counts.
+        accept_normalised: take values that are not counts as float32: quantile bins keep their order within a cell, and
+            `data.values: log2` takes them as log2(1 + expression per 10,000).
         keep_order: keep the cells in the order of the sources (inference) instead of shuffling them (training).
         cells_per_shard: about how many cells a shard holds; fewer where cells are very wide.
         seed: of the shuffling, and of all draws.

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, uint64
 from numpy.typing import NDArray
 
-RATIO, CHOICE, TIES, ROTATION, BLOCKS, WINDOWS = range(6)
+RATIO, CHOICE, TIES, ROTATION, BLOCKS, WINDOWS, HIDDEN, SHOWN = range(8)
 """What a stream of draws is for: two purposes never share draws."""
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -50,7 +50,7 @@ class CellStore:
 
     Attributes:
         vocabulary: what the gene ids mean.
-        value_kind: raw `counts`, or `normalised` values, of which bins keep only the order within a cell.
+        value_kind: raw `counts`, or `normalised` values, of which quantile bins keep only the order within a cell.
         blocks: the rows, block after block.
         obs: categorical columns carried along, by name.
         cell_names: (N,) obs names where known.

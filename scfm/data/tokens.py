@@ -15,15 +15,27 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scfm.data.binning import bin_counts, bin_reals
-from scfm.data.random import CHOICE, RATIO, TIES, below, draw32, stream
+from scfm.data.log_binning import log2_of_counts, log2_of_reals
+from scfm.data.masking import (
+    Scratch,
+    count_unknown,
+    keep,
+    scratch_of,
+    show,
+    split,
+    split_expressed,
+    streams_of,
+)
+from scfm.data.random import CHOICE, HIDDEN, SHOWN, TIES
 from scfm.data.store import CellBlock, CellStore, ValueKind
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
 Specials = tuple[int, float, float]  # id of <cls>, its value, the value that hides
-Plans = tuple[NDArray, NDArray, NDArray, NDArray]  # per cell: first token, tokens, unknown genes, stream of draws
+Plans = tuple[NDArray, NDArray, NDArray]  # per cell: first token, tokens, unknown genes
+Streams = tuple[NDArray, NDArray, NDArray]  # per cell: draws of the genes, of those hidden, of those shown all the same
+Hiding = tuple[bool, int]  # whether only expressed genes are hidden; of 2**32 hidden ones, how many show their value
 FEW_BINS = 512
-Scratch = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class TokenConfig:
     n_bins: int = 51
     tie_policy: Literal["left", "random"] = "left"
     mask_ratios: Sequence[float] = field(default_factory=lambda: (0.25, 0.5, 0.75))
+    mask_candidates: Literal["all", "expressed"] = "all"
+    mask_kept: float = 0.0
     cls_value: float = -2.0
     mask_value: float = -1.0
     seed: int = 0
@@ -45,6 +59,13 @@ class TokenConfig:
             raise ScfmError(f"data.n_bins: {self.n_bins} must lie between 3 and 65536")
         if not self.mask_ratios or not all(0 <= ratio < 1 for ratio in self.mask_ratios):
             raise ScfmError(f"data.mask_ratios: {list(self.mask_ratios)} must name at least one ratio, each in [0, 1)")
+        if not 0 <= self.mask_kept < 1:
+            raise ScfmError(f"data.mask_kept: {self.mask_kept} must lie in [0, 1)")
+
+    @property
+    def bins(self) -> int | None:
+        """How many bins a value can fall into; None for raw values, which have none."""
+        return None if self.values == "raw" else self.n_bins
 
     @property
     def hides(self) -> bool:
@@ -58,7 +79,7 @@ class Tokeniser:
     Args:
         config: how cells become tokens.
         vocabulary: what the gene ids mean.
-        value_kind: raw counts, which are binned by counting, or normalised values.
+        value_kind: raw counts, or normalised values; log2 takes these as log2(1 + expression per 10,000) already.
         gene_conditions: name -> (len(vocabulary),) condition index of every gene and special token.
 
     Attributes:
@@ -82,9 +103,10 @@ class Tokeniser:
                 raise ScfmError(f"gene condition {name}: {len(table)} entries for a vocabulary of {len(vocabulary)}")
         self._quantiles = np.linspace(0, 1, config.n_bins - 1)
         self._ratios = np.asarray(config.mask_ratios, np.float64)
+        self._every_gene = np.arange(vocabulary.n_genes if config.genes == "all" else 0)
         self.longest = min(config.max_genes, vocabulary.n_genes) + 1
         self.levels: NDArray[np.float32] | None = None
-        if config.values == "binned" and config.n_bins <= FEW_BINS:
+        if config.bins is not None and config.bins <= FEW_BINS:
             seen = [*range(config.n_bins), config.cls_value, config.mask_value]
             self.levels = np.unique(np.asarray(seen, np.float32))
 
@@ -97,7 +119,25 @@ class Tokeniser:
         else:
             available = store.n_genes(rows)
         kept = np.minimum(available, np.int32(self.config.max_genes))
-        return kept + np.int32(1), _count_unknown(kept, self._ratios, keys, self.config.seed, epoch)
+        candidates, only_expressed = kept, self.config.mask_candidates == "expressed"
+        if only_expressed and self.config.hides:
+            candidates = self._expressed(store, rows, streams_of(keys, self.config.seed, epoch, CHOICE), kept)
+        n_unknown = count_unknown(candidates, self._ratios, only_expressed, keys, self.config.seed, epoch)
+        return kept + np.int32(1), n_unknown
+
+    def _expressed(
+        self, store: CellStore, rows: NDArray[np.int64], choice_streams: NDArray[np.uint64], kept: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """Return how many of the kept genes of each cell have a value that is not 0, (n,)."""
+        counts = np.empty(len(rows), np.int32)
+        for block, cells, places in _by_block(store, rows):
+            if self.config.values == "log2":
+                starts, read = self._log2_bins(block, places)
+            else:  # stored values are not 0, and their quantile bins are none either
+                starts, read = block.offsets[places].astype(np.int64), block.values
+            at = (block.offsets, block.genes, places)
+            counts[cells] = _count_expressed(*at, starts, read, self._every_gene, kept[cells], choice_streams[cells])
+        return counts
 
     def fill(
         self,
@@ -119,39 +159,44 @@ class Tokeniser:
             starts: (n,) first token of each cell in the three arrays below.
             lengths, n_unknown: what `plan` returned.
             genes: (T,) ids.
-            values: (T,) bins, or the values of the store; `cls_value` at `<cls>`, `mask_value` at unknown genes.
+            values: (T,) bins, or the values of the store; `cls_value` at `<cls>`, `mask_value` at unknown genes but for
+                the share `mask_kept` of them.
             targets: (T,) the true ones; may be `values` itself where nothing is hidden.
         """
         config = self.config
-        tie_streams = _streams(keys, config.seed, epoch, TIES)
-        choice_streams = _streams(keys, config.seed, epoch, CHOICE)
+        tie_streams, *draws = (
+            streams_of(keys, config.seed, epoch, purpose) for purpose in (TIES, CHOICE, HIDDEN, SHOWN)
+        )
         specials = (self.vocabulary.cls, config.cls_value, config.mask_value)
-        every_gene = np.arange(self.vocabulary.n_genes if config.genes == "all" else 0)
+        hiding = (config.mask_candidates == "expressed", round(config.mask_kept * 2**32))
         for block, cells, places in _by_block(store, rows):
-            sizes = block.offsets[places + 1] - block.offsets[places]
-            plans = (starts[cells], lengths[cells], n_unknown[cells], choice_streams[cells])
-            if config.values == "raw":
-                read, read_starts = block.values, block.offsets[places].astype(np.int64)
-            else:
-                read_starts = np.cumsum(sizes, dtype=np.int64) - sizes
-                read = self._bins(block, places, tie_streams[cells], read_starts, sizes.sum())
+            read_starts, read = self._read(block, places, tie_streams[cells])
+            plans = (starts[cells], lengths[cells], n_unknown[cells])
+            of_cells = (draws[0][cells], draws[1][cells], draws[2][cells])
             at = (block.offsets, block.genes, places)
-            _write(*at, read_starts, read, every_gene, plans, specials, genes, values, targets)
+            out = (genes, values, targets)
+            _write(*at, read_starts, read, self._every_gene, plans, of_cells, specials, hiding, *out)
 
-    def _bins(
-        self,
-        block: CellBlock,
-        places: NDArray[np.int64],
-        tie_streams: NDArray[np.uint64],
-        starts: NDArray[np.int64],
-        n_values: int,
-    ) -> NDArray[np.uint16]:
-        """Return the bins of some cells of a block, those of cell i from starts[i] on."""
-        bins = np.empty(n_values, np.uint16)
+    def _read(
+        self, block: CellBlock, places: NDArray[np.int64], tie_streams: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], NDArray]:
+        """Return the values of some cells of a block as tokens have them, and before them where each cell's start."""
+        if self.config.values == "raw":
+            return block.offsets[places].astype(np.int64), block.values
+        if self.config.values == "log2":
+            return self._log2_bins(block, places)
+        starts, bins = _room_for_bins(block, places)
         bin_rows = bin_counts if self.value_kind == "counts" else bin_reals
         spread = self.config.tie_policy == "random"
         bin_rows(block.offsets, block.values, places, self._quantiles, spread, tie_streams, starts, bins)
-        return bins
+        return starts, bins
+
+    def _log2_bins(self, block: CellBlock, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+        """As `_read`, for log2."""
+        starts, bins = _room_for_bins(block, places)
+        bin_rows = log2_of_counts if self.value_kind == "counts" else log2_of_reals
+        bin_rows(block.offsets, block.values, places, self.config.n_bins, starts, bins)
+        return starts, bins
 
     def conditions_of(self, genes: NDArray[np.int32]) -> dict[str, NDArray[np.int64]]:
         """Return name -> (T,) condition index of each token."""
@@ -169,62 +214,10 @@ def _by_block(
         yield store.blocks[block_of[cells[0]]], cells, places[cells]
 
 
-@njit(nogil=True, cache=True)
-def _streams(keys: NDArray[np.uint64], seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
-    streams = np.empty(len(keys), np.uint64)
-    for i in range(len(keys)):
-        streams[i] = stream(seed, epoch, keys[i], purpose)
-    return streams
-
-
-@njit(nogil=True, cache=True)
-def _count_unknown(
-    kept: NDArray[np.int32], ratios: NDArray[np.float64], keys: NDArray[np.uint64], seed: int, epoch: int
-) -> NDArray[np.int32]:
-    """Return int(genes * ratio) of each cell, its ratio drawn from the given ones."""
-    unknown = np.empty(len(kept), np.int32)
-    for i in range(len(kept)):
-        drawn = below(draw32(stream(seed, epoch, keys[i], RATIO), 0), len(ratios))
-        unknown[i] = int(kept[i] * ratios[drawn])
-    return unknown
-
-
-@njit(nogil=True, cache=True)
-def _split(
-    n: int,
-    known: int,
-    unknown: int,
-    choice_stream: int,
-    chances: NDArray[np.uint32],
-    first: NDArray[np.uint32],
-    second: NDArray[np.uint32],
-) -> None:
-    """Draw which of n genes are known and which unknown, and list their places, ascending, in `first` and `second`.
-
-    One pass decides each gene by the room that is left, so that the numbers come out exactly (selection sampling:
-    Knuth, The Art of Computer Programming, 3.4.2, algorithm S). The draws come first, in a loop that vectorises. Every
-    gene is written to both lists and stays only where its list moves on, because a branch would be mispredicted half
-    the time; so a list needs one element of slack.
-    """
-    for t in range(n):
-        chances[t] = below(draw32(choice_stream, t), n - t)
-    room_known, room = known, known + unknown
-    at_known, at_unknown = 0, 0
-    for t in range(n):
-        chance = int(chances[t])
-        is_known, is_kept = int(chance < room_known), int(chance < room)
-        first[at_known], second[at_unknown] = t, t
-        room_known -= is_known
-        room -= is_kept
-        at_known += is_known
-        at_unknown += is_kept - is_known
-
-
-@njit(nogil=True, cache=True)
-def _scratch(most_genes: int, most_tokens: int) -> Scratch:
-    """Return the arrays that `_split` works in: the chances of a cell's genes, and the lists of its tokens."""
-    lists = np.empty((2, most_tokens), np.uint32)
-    return np.empty(most_genes, np.uint32), lists[0], lists[1]
+def _room_for_bins(block: CellBlock, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+    """Return where the bins of each cell start, and room for all of them."""
+    sizes = block.offsets[places + 1] - block.offsets[places]
+    return np.cumsum(sizes, dtype=np.int64) - sizes, np.empty(sizes.sum(), np.uint16)
 
 
 @njit(nogil=True, cache=True)
@@ -232,8 +225,9 @@ def _write_cell(
     ids: NDArray,
     read: NDArray,
     unknown: int,
-    choice_stream: int,
+    draws: tuple[int, int, int],
     specials: Specials,
+    hiding: Hiding,
     scratch: Scratch,
     genes: NDArray,
     values: NDArray,
@@ -241,14 +235,18 @@ def _write_cell(
 ) -> None:
     """Fill the tokens of one cell: `<cls>`, then a random part of the genes as known, and another as unknown."""
     cls, cls_value, mask_value = specials
-    chances, first, second = scratch
+    only_expressed, shown = hiding
+    _, first, second = scratch
     genes[0], values[0], targets[0] = cls, cls_value, cls_value
     known = len(genes) - 1 - unknown
     if known == len(ids):
         for t in range(known):
             genes[1 + t], values[1 + t], targets[1 + t] = ids[t], read[t], read[t]
         return
-    _split(len(ids), known, unknown, choice_stream, chances, first, second)
+    if only_expressed:
+        split_expressed(read, known, unknown, draws[0], draws[1], scratch)
+    else:
+        split(len(ids), known, unknown, draws[0], scratch)
     for j in range(known):
         t = first[j]
         genes[1 + j], values[1 + j], targets[1 + j] = ids[t], read[t], read[t]
@@ -256,6 +254,8 @@ def _write_cell(
     for j in range(unknown):
         t = second[j]
         genes[j], values[j], targets[j] = ids[t], mask_value, read[t]
+    if shown:
+        show(values, targets, second, shown, draws[2])
 
 
 @njit(nogil=True, cache=True)
@@ -267,24 +267,62 @@ def _write(
     read: NDArray,
     every_gene: NDArray,
     plans: Plans,
+    streams: Streams,
     specials: Specials,
+    hiding: Hiding,
     genes: NDArray,
     values: NDArray,
     targets: NDArray,
 ) -> None:
     """Write cells from their expressed genes, or from `every_gene` where it has any; what is not expressed is 0."""
-    starts, lengths, n_unknown, streams = plans
-    scratch = _scratch(max((offsets[rows + 1] - offsets[rows]).max(), len(every_gene)), lengths.max())
+    starts, lengths, n_unknown = plans
+    choice_streams, hidden_streams, shown_streams = streams
+    scratch = scratch_of(max((offsets[rows + 1] - offsets[rows]).max(), len(every_gene)), lengths.max())
     every_value = np.empty(len(every_gene), read.dtype)
     for i in range(len(rows)):
         row_ids = ids[offsets[rows[i]] : offsets[rows[i] + 1]]
         row = read[read_starts[i] : read_starts[i] + len(row_ids)]
         out = slice(starts[i], starts[i] + lengths[i])
         to = genes[out], values[out], targets[out]
+        draws = choice_streams[i], hidden_streams[i], shown_streams[i]
         if len(every_gene):
-            every_value[:] = 0
-            for t in range(len(row)):
-                every_value[row_ids[t]] = row[t]
-            _write_cell(every_gene, every_value, n_unknown[i], streams[i], specials, scratch, *to)
+            _spread(row_ids, row, every_value)
+            _write_cell(every_gene, every_value, n_unknown[i], draws, specials, hiding, scratch, *to)
         else:
-            _write_cell(row_ids, row, n_unknown[i], streams[i], specials, scratch, *to)
+            _write_cell(row_ids, row, n_unknown[i], draws, specials, hiding, scratch, *to)
+
+
+@njit(nogil=True, cache=True)
+def _spread(row_ids: NDArray, row: NDArray, every_value: NDArray) -> None:
+    """Write the values of a cell's expressed genes among zeros for all others."""
+    every_value[:] = 0
+    for t in range(len(row)):
+        every_value[row_ids[t]] = row[t]
+
+
+@njit(nogil=True, cache=True)
+def _count_expressed(
+    offsets: NDArray,
+    ids: NDArray,
+    rows: NDArray,
+    read_starts: NDArray,
+    read: NDArray,
+    every_gene: NDArray,
+    kept: NDArray[np.int32],
+    choice_streams: NDArray[np.uint64],
+) -> NDArray[np.int32]:
+    """Return how many of the genes that `_write` keeps of each cell have a value that is not 0."""
+    counts = np.empty(len(rows), np.int32)
+    scratch = scratch_of(max((offsets[rows + 1] - offsets[rows]).max(), len(every_gene)), kept.max() + 1)
+    every_value = np.empty(len(every_gene), read.dtype)
+    for i in range(len(rows)):
+        row_ids = ids[offsets[rows[i]] : offsets[rows[i] + 1]]
+        row = read[read_starts[i] : read_starts[i] + len(row_ids)]
+        if kept[i] == max(len(row), len(every_gene)):
+            counts[i] = np.count_nonzero(row)
+        elif len(every_gene):
+            _spread(row_ids, row, every_value)
+            counts[i] = keep(every_value, kept[i], choice_streams[i], scratch)
+        else:
+            counts[i] = keep(row, kept[i], choice_streams[i], scratch)
+    return counts

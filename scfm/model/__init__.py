@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from scfm.model.scbert import ScBERT
 from scfm.model.scgpt import ScGPT
 
-MODELS: dict[str, type[nn.Module]] = {"scgpt": ScGPT}
+MODELS: dict[str, type[nn.Module]] = {"scgpt": ScGPT, "scbert": ScBERT}

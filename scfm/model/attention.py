@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.library import custom_op
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -96,14 +97,15 @@ class AttentionLayout:
 
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor]:
-        """(N, L) bool, the rows of a padded pack that hold tokens, and (N, 1, L, L) bool, which key each query sees."""
+        """(T,) the row of each token among the N L of a padded pack, and (N, 1, L, L) bool, which key a query sees."""
         lengths = self.cu_seqlens.diff()
         position = torch.arange(int(lengths.max()), device=lengths.device)
-        holds_token = position < lengths[:, None]
+        padding = (len(position) - lengths).cumsum(0) - (len(position) - lengths)  # (N,) before each cell
+        row = torch.arange(self.n_tokens, device=lengths.device) + padding[self.cell]
         sees = (position < self.n_keys[:, None])[:, None, :].expand(-1, len(position), -1)
         if self.self_key:
             sees = sees | torch.eye(len(position), dtype=torch.bool, device=lengths.device)
-        return holds_token, sees[:, None]
+        return row, sees[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,13 +276,20 @@ class Flex:
 
     def __call__(self, qkv: Tensor, scale: float | None = None) -> Tensor:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv.unbind(1))  # (1, H, T, d)
-        flex: Any = compiled_flex() if qkv.is_cuda else flex_attention
+        flex: Any = fused_flex() if qkv.is_cuda else flex_attention
         return flex(q, k, v, block_mask=self.mask, scale=default(scale, qkv))[0].transpose(0, 1)
 
 
+def fused_flex() -> Any:
+    """Return FlexAttention as one kernel; without compilation it would build all T^2 logits.
+
+    A compiled block compiles it too, and must not meet another torch.compile.
+    """
+    return flex_attention if is_compiling() else compiled_flex()
+
+
 @cache
-def compiled_flex() -> Callable[..., Any]:
-    """Return FlexAttention as one kernel; without compilation it would build all T^2 logits."""
+def compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
@@ -324,20 +333,23 @@ def block_mask(layout: AttentionLayout) -> BlockMask:
 
 @dataclass(frozen=True)
 class Dense:
-    """Padded cells with a boolean mask: slow, exact, on any device; what the other backends are tested against."""
+    """Padded cells with a boolean mask: slow, exact, on any device; what the other backends are tested against.
 
-    holds_token: Tensor
+    Tokens are found by their rows: a boolean index would be a graph break, which compiled blocks refuse.
+    """
+
+    row: Tensor
     sees: Tensor
     dropout: float = 0.0
 
     def __call__(self, qkv: Tensor, scale: float | None = None) -> Tensor:
-        padded = qkv.new_zeros(*self.holds_token.shape, *qkv.shape[1:])  # (N, L, 3, H, d)
-        padded[self.holds_token] = qkv
-        q, k, v = padded.permute(2, 0, 3, 1, 4)  # each (N, H, L, d)
+        cells, length = self.sees.shape[0], self.sees.shape[-1]
+        padded = qkv.new_zeros(cells * length, *qkv.shape[1:]).index_put((self.row,), qkv)
+        q, k, v = padded.unflatten(0, (cells, length)).permute(2, 0, 3, 1, 4)  # each (N, H, L, d)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.sees, dropout_p=self.dropout, scale=default(scale, qkv)
         )
-        return out.transpose(1, 2)[self.holds_token]  # (T, H, d)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.row)  # (T, H, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

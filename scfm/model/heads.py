@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.layers import Linear
 
@@ -22,9 +23,10 @@ class HeadSpec:
 
     Attributes:
         task: its name, under which its weights and its predictions stand.
-        kind: `gep` (values of genes), `gepc` (values of genes from the cell embedding), `cls` (classes of cells) or
-            `domain` (classes that the cell embedding should not tell: the gradient is reversed below the head).
-        n_out: numbers per prediction: 1 for a value, else the bins or classes.
+        kind: `gep` (values of genes), `gepc` (values of genes from the cell embedding), `bins` (scBERT: bins of genes),
+            `cls` (classes of cells), `genes` (scBERT: classes of cells, from a number per gene) or `domain` (classes
+            that the cell embedding should not tell: the gradient is reversed below the head).
+        n_out: numbers per prediction: 1 for a value, else the bins (of kind bins: and one for the mask) or classes.
         labels: names of the classes, in order of their index.
         nonzero: gep and gepc: also predict whether the gene is expressed (scGPT's explicit zero probability); its
             logits stand under `<task>_nonzero`.
@@ -38,7 +40,7 @@ class HeadSpec:
     """
 
     task: str
-    kind: Literal["gep", "gepc", "cls", "domain"]
+    kind: Literal["gep", "gepc", "bins", "cls", "genes", "domain"]
     n_out: int = 1
     labels: list[str] | None = None
     nonzero: bool = False
@@ -175,6 +177,44 @@ class ClassDecoder(nn.Module):
         return self.out(self.hidden(cells))
 
 
+class BinDecoder(nn.Module):
+    """Masked bins (scBERT): a linear layer from a gene's token to logits: (U, D) -> (U, n_bins + 1).
+
+    The last logit is the mask's, which is no target: scBERT's head has it.
+    """
+
+    def __init__(self, width: int, n_out: int) -> None:
+        super().__init__()
+        self.out = Linear(width, n_out)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(tokens)
+
+
+class GeneClassDecoder(nn.Module):
+    """CLS (scBERT): one number per gene, then an MLP over all genes to logits over classes: (T, D) -> (N, n_out).
+
+    The first layer has a weight per gene of the vocabulary, by vocabulary index, and one for `<cls>`, which comes last.
+    A gene that a cell lacks is 0 there.
+    """
+
+    def __init__(self, width: int, n_out: int, n_positions: int) -> None:
+        super().__init__()
+        self.token = Linear(width, 1)
+        self.linear1 = Linear(n_positions, 512)
+        self.linear2 = Linear(512, 128)
+        self.out = Linear(128, n_out)
+
+    def forward(self, tokens: Tensor, batch: PackedBatch) -> Tensor:
+        n_positions = self.linear1.in_features
+        numbers = F.relu(self.token(tokens))[:, 0]  # (T,)
+        position = batch.genes.long().clamp(max=n_positions - 1)  # special tokens stand behind all genes
+        place = batch.cell_of_token * n_positions + position
+        cells = numbers.new_zeros(batch.n_cells * n_positions).index_copy(0, place, numbers)
+        hidden = F.relu(self.linear1(cells.view(batch.n_cells, n_positions)))
+        return self.out(F.relu(self.linear2(hidden)))
+
+
 class DomainDecoder(ClassDecoder):
     """DAR: as CLS, but what lies below learns the opposite (gradient reversal: Ganin and Lempitsky, ICML 2015)."""
 
@@ -194,8 +234,16 @@ class _ReverseGradient(torch.autograd.Function):
         return -grads[0]
 
 
-def build_head(spec: HeadSpec, width: int, in_width: int, n_bins: int) -> nn.Module:
-    """Build a head; `in_width` is the width of tokens and cells with their conditions joined."""
+def build_head(spec: HeadSpec, width: int, in_width: int, n_bins: int, n_positions: int = 0) -> nn.Module:
+    """Build a head.
+
+    Args:
+        spec: what it predicts.
+        width: D.
+        in_width: width of tokens and cells with their conditions joined.
+        n_bins: value bins.
+        n_positions: of kind genes: genes of the vocabulary, and one for `<cls>`.
+    """
     if spec.kind == "gep":
         if spec.affine:
             return AffineValueDecoder(spec, width, in_width)
@@ -203,4 +251,8 @@ def build_head(spec: HeadSpec, width: int, in_width: int, n_bins: int) -> nn.Mod
     if spec.kind == "gepc":
         kind = ProductDecoder if spec.query.endswith("product") else QueryDecoder
         return kind(spec, in_width if spec.query_reads_conditions else width, in_width)
+    if spec.kind == "bins":
+        return BinDecoder(width, spec.n_out)
+    if spec.kind == "genes":
+        return GeneClassDecoder(width, spec.n_out, n_positions)
     return (ClassDecoder if spec.kind == "cls" else DomainDecoder)(width, spec.n_out, spec.layers)

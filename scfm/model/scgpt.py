@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
@@ -16,32 +14,11 @@ from scfm.model.attention import Attention, AttentionLayout, pick_backend, prepa
 from scfm.model.embeddings import CellCondition, GeneCondition, GeneEmbedding, Modality, value_encoder
 from scfm.model.heads import HeadSpec, Values, build_head
 from scfm.model.input_norm import InputNorm
+from scfm.model.output import ModelOutput
 from scfm.model.padding import Padded
-from scfm.model.transformer import Block
+from scfm.model.pooling import pool
+from scfm.model.transformer import Block, run_blocks
 from scfm.recipe import ModelConfig
-
-
-@dataclass
-class ModelOutput:
-    """What a model returns for a pack.
-
-    Attributes:
-        tokens: (T, D) the transformer's output.
-        cell: (N, D) cell embeddings.
-        predictions: by head; `gep` and `gepc` heads predict at `batch.predicted` only, (U,) values or (U, n_bins)
-            logits, and where asked for (U,) logits of being expressed under `<head>_nonzero`; `cls` and `domain` heads
-            predict (N, n_classes) logits.
-    """
-
-    tokens: Tensor
-    cell: Tensor
-    predictions: dict[str, Tensor]
-
-    def add_values(self, task: str, values: Values) -> None:
-        """Put what a value decoder predicts among the predictions."""
-        self.predictions[task] = values.values
-        if values.nonzero is not None:
-            self.predictions[f"{task}_nonzero"] = values.nonzero
 
 
 class Backbone(nn.Module):
@@ -96,12 +73,8 @@ class Backbone(nn.Module):
         genes = self.gene_embedding(batch.genes)  # (T, D)
         x = self.embed(genes, batch, counted, cell_prompt)
         attention = self.attention(batch, padded=counted is not None)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, attention, batch.unknown_mask, use_reentrant=False)
-            else:
-                x = block(x, attention, batch.unknown_mask)
-        return genes, x, self.pool(x, batch, counted)
+        x = run_blocks(self.blocks, x, attention, batch.unknown_mask, recompute=self.recompute)
+        return genes, x, pool(self.config.cell_embedding, x, batch, counted)
 
     def attention(self, batch: PackedBatch, padded: bool) -> Attention:
         """Return the attention of a pack; of a padded one the last token of each cell is a query, but no key."""
@@ -147,20 +120,6 @@ class Backbone(nn.Module):
             x = x + condition(batch.gene_conditions[name])
         return x
 
-    def pool(self, tokens: Tensor, batch: PackedBatch, counted: Tensor | None) -> Tensor:
-        """Return the cell embeddings, (T, D) -> (N, D): of known tokens, or of all positions where padding counts."""
-        if self.config.cell_embedding == "cls":
-            return tokens.index_select(0, batch.cu_seqlens[:-1].long())
-        weighted = self.config.cell_embedding == "weighted"
-        counted = (~batch.unknown_mask if counted is None else counted).to(tokens.dtype)  # (T,)
-        weights = counted * batch.values.to(tokens.dtype) if weighted else counted
-
-        def total(x: Tensor) -> Tensor:
-            return x.new_zeros(batch.n_cells, *x.shape[1:]).index_add(0, batch.cell_of_token, x)
-
-        sums = total(tokens * weights[:, None])  # (N, D)
-        return F.normalize(sums, dim=-1) if weighted else sums / total(counted)[:, None]
-
     def conditions(self, batch: PackedBatch, where: Tensor) -> Tensor | None:
         """Return what decoders read of the conditions at some tokens, (U,) -> (U, D), or None without any.
 
@@ -174,6 +133,18 @@ class Backbone(nn.Module):
         if self.config.modality and self.modality is not None:
             parts.append(self.modality(batch.gene_conditions[self.config.modality][where]))
         return torch.stack(parts).sum(0) if parts else None
+
+
+def check_form(config: ModelConfig, heads: list[HeadSpec]) -> None:
+    """Refuse what only scBERT has, naming the keys. Raises ScfmError."""
+    wrong = [
+        f"model.{key}: is a setting of scBERT; leave it out, or set model.name scbert"
+        for key in ("mixer", "performer", "gene_table")
+        if getattr(config, key) != getattr(ModelConfig(), key)
+    ]
+    wrong += [f"objectives: {spec.task} needs a head of scBERT" for spec in heads if spec.kind in ("bins", "genes")]
+    if wrong:
+        raise ScfmError("model.name scgpt:\n  " + "\n  ".join(wrong))
 
 
 def check_conditions(config: ModelConfig, cell_conditions: dict[str, int], gene_conditions: dict[str, int]) -> None:
@@ -220,6 +191,7 @@ class ScGPT(nn.Module):
         heads: list[HeadSpec],
     ) -> None:
         super().__init__()
+        check_form(config, heads)
         self.specs = {spec.task: spec for spec in heads}
         self.backbone = Backbone(config, n_tokens, pad, n_bins, cell_conditions, gene_conditions)
         in_width = 2 * config.width if config.cell_conditions or config.modality else config.width

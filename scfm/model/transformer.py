@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scfm.model.attention import Attention
 from scfm.model.layers import Dropout, Linear
@@ -54,3 +56,13 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, *given: Any, recompute: bool) -> Tensor:
+    """Pass x through blocks, which also take what is given; with `recompute` the backward computes each block again."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, *given, use_reentrant=False)
+        else:
+            x = block(x, *given)
+    return x

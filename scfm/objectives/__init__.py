@@ -17,6 +17,7 @@ from scfm.objectives.ecs import ECS
 from scfm.objectives.gep import GEP
 from scfm.objectives.gepc import GEPC
 from scfm.objectives.inputs import ObjectiveInputs
+from scfm.objectives.masked_bin import MaskedBin
 from scfm.recipe import ObjectiveConfig
 
 
@@ -47,7 +48,9 @@ class Objective(Protocol):
     def loss(self, *args: Any) -> Any: ...
 
 
-OBJECTIVES: dict[str, Any] = {objective.name: objective for objective in (GEP, GEPC, CellPrompt, ECS, CLS, DAR, CCE)}
+OBJECTIVES: dict[str, Any] = {
+    objective.name: objective for objective in (GEP, GEPC, CellPrompt, ECS, CLS, DAR, CCE, MaskedBin)
+}
 
 
 def build_objectives(

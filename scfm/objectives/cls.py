@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,14 @@ from torch import Tensor
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
-from scfm.model.scgpt import ModelOutput
+from scfm.model.output import ModelOutput
 from scfm.objectives.inputs import ObjectiveInputs
 from scfm.recipe import ObjectiveConfig
 
 
 @dataclass
 class CLS:
-    """Cross-entropy of the class of each cell, from its cell embedding.
+    """Cross-entropy of the class of each cell, from its cell embedding or from a number per gene (scBERT).
 
     Reads `batch.cell_conditions["label"]`; cells without a label (-1) and pseudo-cells do not count. With class weights
     the weighted sum is still divided by the number of cells, so that a cell's gradient does not depend on its batch
@@ -31,6 +31,7 @@ class CLS:
     class_weights: Tensor | None = None
     weight: float = 1.0
     start_step: int = 0
+    reads: Literal["cell", "genes"] = "cell"
 
     name: ClassVar[str] = "cls"
     head: ClassVar[str] = "annotation"
@@ -42,11 +43,11 @@ class CLS:
         """Build it from its section of the recipe. Raises ScfmError with fewer than two labels."""
         if len(inputs.labels) < 2:
             raise ScfmError(f"objectives: cls needs a task with at least 2 labels, there are {len(inputs.labels)}")
-        return cls(inputs.labels, inputs.class_weights, config.weight, config.start_step)
+        return cls(inputs.labels, inputs.class_weights, config.weight, config.start_step, config.head)
 
     def heads(self) -> list[HeadSpec]:
         """Return the heads that it reads."""
-        return [HeadSpec(self.head, "cls", len(self.labels), list(self.labels))]
+        return [HeadSpec(self.head, "cls" if self.reads == "cell" else "genes", len(self.labels), list(self.labels))]
 
     def loss(self, batch: PackedBatch, output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the pack's cells divided by the global batch's count of them, and the accuracy alike.

@@ -12,7 +12,7 @@ from torch import Tensor
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
-from scfm.model.scgpt import ModelOutput
+from scfm.model.output import ModelOutput
 from scfm.objectives.inputs import ObjectiveInputs
 from scfm.recipe import ObjectiveConfig
 

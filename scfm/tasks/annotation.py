@@ -83,7 +83,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
 
 def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:
     """Fine-tune on the cells of a store, wherever it came from."""
-    from scfm.training.run import Job, fit, indices_of, token_config
+    from scfm.training.run import Job, fit, held_out_note, indices_of, token_config
     from scfm.training.rundir import open_run
 
     task = recipe.task or TaskConfig()
@@ -126,7 +126,8 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
         load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
     held_out = origin.get("manifest", {}).get("held_out")
     train, valid = split_rows(rows, labels, recipe, store.n_cells - held_out["cells"] if held_out else None)
-    job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels})
+    notes = [held_out_note(held_out)] if held_out else []
+    job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels}, notes)
     return fit(job, run)
 
 

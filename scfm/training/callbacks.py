@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scfm.data.batch import PackedBatch
+from scfm.errors import ScfmError
+from scfm.recipe import CheckpointConfig
 from scfm.training.module import FoundationModule, Metrics, add
 from scfm.training.throughput import Throughput
 
@@ -132,6 +135,11 @@ class Progress(L.Callback):
                 logger.log_metrics(found, step=trainer.global_step)
             self.say(trainer, f"step {trainer.global_step}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        judge = trainer.early_stopping_callback
+        if isinstance(judge, Patience) and judge.reason and trainer.global_step < self.total:
+            self.say(trainer, f"ended early: {judge.reason}")
+
     def say(self, trainer: L.Trainer, line: str) -> None:
         if trainer.is_global_zero:
             print(line, flush=True)
@@ -189,18 +197,60 @@ class FinalValidation(L.Callback):
             trainer.training = True
 
 
-def best_checkpoint(folder: Path) -> ModelCheckpoint:
-    """Return the callback that keeps the weights of the lowest validation loss."""
-    return ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor="valid/loss",
-        mode="min",
-        save_top_k=1,
-        save_weights_only=True,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
+class BestWeights(ModelCheckpoint):
+    """Keeps the weights of the best validation, in `best.ckpt`.
+
+    Args:
+        folder: where the file goes.
+        config: the recipe's checkpoint section, which says what is best.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        super().__init__(
+            folder,
+            filename="best",
+            monitor=config.best,
+            mode=config.mode,
+            save_top_k=1,
+            save_weights_only=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        known = sorted(name for name in trainer.callback_metrics if name.startswith("valid/"))
+        if self.monitor not in known:
+            raise ScfmError(f"checkpoint.best: {self.monitor!r} is not measured; choose one of {', '.join(known)}")
+        super().on_validation_end(trainer, pl_module)
+
+
+class Patience(EarlyStopping):
+    """Ends a run after so many validations in a row that are not better than the best.
+
+    A resumed run has waited as long as the checkpoint had, with the patience of its own recipe.
+
+    Args:
+        config: the recipe's checkpoint section.
+    """
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        # BestWeights refuses a metric that is not there
+        super().__init__(
+            config.best, patience=config.patience, mode=config.mode, strict=False, check_on_train_epoch_end=False
+        )
+
+    @property
+    def reason(self) -> str:
+        """Why the run ended early, in words; empty where it did not."""
+        said = {
+            EarlyStoppingReason.PATIENCE_EXHAUSTED: f"{self.wait_count} validations in a row were not better than the "
+            f"best {self.monitor}, {float(self.best_score):.4g}",
+            EarlyStoppingReason.NON_FINITE_METRIC: f"{self.monitor} is not finite",
+        }
+        return said.get(self.stopping_reason, "")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
-from scfm.model.scgpt import Backbone, ModelOutput
+from scfm.model.output import ModelOutput
+from scfm.model.scgpt import Backbone
 from scfm.objectives import Objective
 from scfm.recipe import OptimizerConfig
 from scfm.training.norms import GlobalNorm
@@ -59,11 +60,11 @@ class FoundationModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         scaled = self.trainer.precision == "16-mixed"
         optimizer = build_optimizer(self.network, self.optimizer_config, fused=not scaled)
+        self.trainer.fit_loop.setup_data()  # what an epoch holds is not known before
         total_steps = int(self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": build_schedule(optimizer, self.optimizer_config, total_steps),
-        }
+        epoch_steps = self.trainer.num_training_batches
+        schedule = build_schedule(optimizer, self.optimizer_config, total_steps, epoch_steps)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, packs: list[PackedBatch], batch_idx: int) -> None:
         optimizer, schedule = self.optimizers(), self.lr_schedulers()

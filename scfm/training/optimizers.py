@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from scfm.errors import ScfmError
+from scfm.model.mixer_block import MixerBlock
 from scfm.model.transformer import Block
 from scfm.recipe import OptimizerConfig
 from scfm.training.muon import JoinedOptimizer, StackedMuon
@@ -41,14 +42,14 @@ def muon(network: nn.Module, config: OptimizerConfig, fused: bool) -> Optimizer:
 
     Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and decay serve both.
     """
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    blocks = [module for module in network.modules() if isinstance(module, Block | MixerBlock)]
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
     if not matrices:
         raise ScfmError("optimizer.name: muon trains the matrices of transformer blocks, of which none is trainable")
-    joint = {id(block.qkv.weight) for block in blocks}
+    stacked = {id(block.qkv.weight): 3 for block in blocks}
+    stacked |= {id(block.linear1.weight): 2 for block in blocks if isinstance(block, MixerBlock) and block.glu}
     groups = [
-        {"params": [p for p in matrices if id(p) in joint], "stacked": 3},
-        {"params": [p for p in matrices if id(p) not in joint], "stacked": 1},
+        {"params": [p for p in matrices if stacked.get(id(p), 1) == number], "stacked": number} for number in (3, 2, 1)
     ]
     turning = StackedMuon(
         [group for group in groups if group["params"]],
@@ -85,8 +86,18 @@ def adamw_options(config: OptimizerConfig, fused: bool) -> dict[str, Any]:
     return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
 
 
-def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """Return step -> factor of the peak rate: a linear warm-up from zero, then cosine to zero, or constant."""
+def learning_rate_factor(config: OptimizerConfig, total_steps: int, epoch_steps: float) -> Callable[[int], float]:
+    """Return step -> factor of the peak rate.
+
+    A linear warm-up from zero, then cosine to zero, or constant; or cycles of both, which change with the epoch only.
+
+    Args:
+        config: the recipe's optimizer section.
+        total_steps: optimizer steps of the run.
+        epoch_steps: optimizer steps of an epoch; infinite where the data never end.
+    """
+    if config.schedule == "cosine_restarts":
+        return lambda step: restarts(config, int(step // epoch_steps)) / config.lr
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
 
     def factor(step: int) -> float:
@@ -100,6 +111,24 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[
     return factor
 
 
-def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
-    """Return the schedule, stepped once per optimizer step."""
-    return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
+def restarts(config: OptimizerConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch under cosine_restarts: warm restarts, each after a warm-up.
+
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017; with the warm-up and the decay of scBERT's released code. Its
+    first epoch, the whole of it, runs at `min_lr`, as there.
+    """
+    warmup, length, peak = int(config.warmup), config.cycle_epochs, config.lr
+    while epoch >= length:
+        epoch -= length
+        length = int((length - warmup) * config.cycle_growth) + warmup
+        peak *= config.cycle_decay
+    peak = max(peak, config.min_lr)
+    if epoch < warmup:
+        return config.min_lr + (peak - config.min_lr) * epoch / warmup
+    progress = (epoch - warmup) / (length - warmup)
+    return config.min_lr + 0.5 * (peak - config.min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int, epoch_steps: float) -> LambdaLR:
+    """Return the schedule, stepped once per optimizer step; the arguments are those of `learning_rate_factor`."""
+    return LambdaLR(optimizer, learning_rate_factor(config, total_steps, epoch_steps))

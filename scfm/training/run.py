@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from numpy.typing import NDArray
 from torch import nn
 
+from scfm.baselines.majority_bin import majority_bin_accuracies
 from scfm.baselines.mean_value import baselines_of, mean_value_losses
 from scfm.ceiling import product_type
 from scfm.checkpoints.card import model_card
@@ -22,20 +23,23 @@ from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.hashing import load_hashes
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig
+from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import Recipe, check
+from scfm.recipe import ModelConfig, Recipe, check
 from scfm.training.callbacks import (
+    BestWeights,
     FinalValidation,
     MetricsCsv,
     NewestCheckpoints,
+    Patience,
     Progress,
-    best_checkpoint,
     read_metrics,
 )
 from scfm.training.datamodule import CellDataModule, Rows
+from scfm.training.features import redraw_callbacks
 from scfm.training.launch import build_trainer, set_up_blocks
 from scfm.training.module import FoundationModule
 from scfm.training.rundir import RunDirectory, is_main_process, open_run
@@ -55,6 +59,7 @@ class Job:
         train_rows: rows of the store to train on.
         valid_rows: rows held out.
         cell_conditions: name -> (N,) int64 index of every row of the store.
+        notes: what the log says before the first step.
     """
 
     recipe: Recipe
@@ -65,6 +70,7 @@ class Job:
     train_rows: Rows
     valid_rows: Rows
     cell_conditions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
@@ -84,9 +90,11 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
     shards = Path(recipe.data.shards)
     manifest = read_manifest(shards)
-    held_out = manifest.get("held_out") or {"cells": 0}
-    shuffled = manifest.get("shuffled", False)
-    job = pretraining_job(recipe, open_shards(shards), shuffled=shuffled, held_out=held_out["cells"])
+    held_out = manifest.get("held_out")
+    shuffled, n_held_out = manifest.get("shuffled", False), held_out["cells"] if held_out else 0
+    job = pretraining_job(recipe, open_shards(shards), shuffled=shuffled, held_out=n_held_out)
+    if held_out:
+        job.notes.append(held_out_note(held_out))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
     job.files.cell_hashes = load_hashes(shards / "cells.hash")
     return fit(job, open_run(recipe, resume))
@@ -125,10 +133,25 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_ou
     )
     torch.manual_seed(recipe.seed)
     network = files.build()
+    notes = [fill_gene_vectors(network, recipe, store.vocabulary)] if recipe.model.gene_table else []
     train_rows, valid_rows = hold_out(
         store.n_cells, recipe.data.valid_fraction, recipe.seed, shuffled=shuffled, held_out=held_out
     )
-    return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions)
+    return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, notes)
+
+
+def fill_gene_vectors(network: nn.Module, recipe: Recipe, vocabulary: Vocabulary) -> str:
+    """Copy the vectors of `model.gene_table` into a fresh network; say how many genes have one.
+
+    Raises ScfmError for a table that does not fit.
+    """
+    from scfm.data.gene_vectors import read_gene_vectors
+
+    table = str(recipe.model.gene_table)
+    vectors, found = read_gene_vectors(Path(table), vocabulary, recipe.model.width)
+    network.get_buffer("backbone.gene_embedding.weight").copy_(torch.from_numpy(vectors))
+    without = vocabulary.n_genes - found
+    return f"gene table {table}: vectors of {found:,} of {vocabulary.n_genes:,} genes; the other {without:,} have zeros"
 
 
 def fit(job: Job, run: RunDirectory) -> Path:
@@ -137,22 +160,35 @@ def fit(job: Job, run: RunDirectory) -> Path:
     module, data = modules_of(job)
     validates = len(job.valid_rows) > 0
     newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
-    best = best_checkpoint(run.checkpoints)
+    best, stops_early = BestWeights(run.checkpoints, recipe.checkpoint), recipe.checkpoint.patience > 0
+    if stops_early and not validates:
+        raise ScfmError("checkpoint.patience: no cells are held out to judge by; raise data.valid_fraction")
     throughput = Throughput()
     progress = Progress(run.log, recipe.trainer.log_every_n_steps, throughput)
-    callbacks = [FinalValidation(), throughput, progress, newest, *([best] if validates else [])]
+    redraws = redraw_callbacks(job.network, recipe.seed)
+    judges = [*([best] if validates else []), *([Patience(recipe.checkpoint)] if stops_early else [])]
+    callbacks = [FinalValidation(), throughput, progress, newest, *redraws, *judges]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
     if trainer.is_global_zero:
-        progress.say(trainer, opening_line(job, trainer))
-        if validates and run.resume_from is None and any(objective.name == "gep" for objective in job.objectives):
-            metrics.log_metrics(mean_value_losses(data, n_genes=len(job.store.vocabulary)), step=0)
+        for line in (opening_line(job, trainer), *job.notes):
+            progress.say(trainer, line)
+        if validates and run.resume_from is None and (found := measured_baselines(job, data)):
+            metrics.log_metrics(found, step=0)
+            progress.say(trainer, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
     if trainer.is_global_zero:
         export(job, run, best.best_model_path)
         progress.say(trainer, f"model: {run.model}")
     return run.model
+
+
+def measured_baselines(job: Job, data: CellDataModule) -> dict[str, float]:
+    """Return what trivial predictions of the hidden genes of the validation cells score, as names of metrics."""
+    names = {objective.name for objective in job.objectives}
+    found = mean_value_losses(data, n_genes=len(job.store.vocabulary)) if "gep" in names else {}
+    return found | (majority_bin_accuracies(data, job.recipe.data.n_bins) if "masked_bin" in names else {})
 
 
 def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
@@ -186,19 +222,24 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
     model = job.recipe.model
-    dtype = product_type(str(trainer.precision))
-    held_out = job.files.training_data.get("manifest", {}).get("held_out")
-    groups = (
-        f" (held out by {held_out['by']} when the shards were built; data.valid_fraction does not apply)"
-        if held_out
-        else ""
-    )
-    backend, reason = pick_backend(device, dtype, model.width // model.heads, model.backend, model.attention_dropout)
+    mixing = mixing_of(model, device, trainer.precision)
     return (
-        f"{job.recipe.model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
-        f"{len(job.valid_rows):,} validation cells{groups}, {job.store.vocabulary.n_genes:,} genes; "
-        f"{trainer.world_size} x {device.type}, precision {trainer.precision}; attention {backend} ({reason})"
+        f"{model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
+        f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "
+        f"{trainer.world_size} x {device.type}, precision {trainer.precision}; {mixing}"
     )
+
+
+def mixing_of(model: ModelConfig, device: torch.device, precision: str | int) -> str:
+    """Say how the genes of a cell read each other: the mixer, or the attention backend and why that one."""
+    form = model.performer
+    if model.name == "scbert" and model.mixer != "softmax":
+        kind = f"favor ({form.mode}, kernel {form.kernel})" if model.mixer == "favor" else model.mixer
+        return f"mixer {kind}, {model.heads} heads of {form.head_width}"
+    head_width = form.head_width if model.name == "scbert" else model.width // model.heads
+    dtype = product_type(str(precision))
+    backend, reason = pick_backend(device, dtype, head_width, model.backend, model.attention_dropout)
+    return f"attention {backend} ({reason})"
 
 
 def token_config(recipe: Recipe) -> TokenConfig:
@@ -211,6 +252,8 @@ def token_config(recipe: Recipe) -> TokenConfig:
         n_bins=data.n_bins,
         tie_policy=data.tie_policy,
         mask_ratios=tuple(data.mask_ratios),
+        mask_candidates=data.mask_candidates,
+        mask_kept=data.mask_kept,
         cls_value=data.cls_value,
         mask_value=data.mask_value,
         seed=recipe.seed,
@@ -231,6 +274,14 @@ def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool, held_o
         return range(n_train), range(n_train, n_cells)
     drawn = np.random.default_rng(seed).permutation(n_cells)
     return np.sort(drawn[:n_train]), np.sort(drawn[n_train:])
+
+
+def held_out_note(held_out: Mapping[str, Any]) -> str:
+    """Say where the validation cells come from, if a manifest says which were held out."""
+    return (
+        f"validation: the {held_out['cells']:,} cells of {len(held_out['groups']):,} groups of {held_out['by']} that "
+        "were held out when the shards were built; data.valid_fraction does not apply"
+    )
 
 
 def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:

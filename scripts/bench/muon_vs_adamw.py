@@ -64,7 +64,7 @@ def run(shards: str, name: str, rate: float, seed: int, steps: int) -> Run:
         pretrain(recipe)
         rows = read_metrics(Path(folder) / "run" / "metrics.csv")
     last = {metric: value for step, metric, value in rows if step == steps}
-    speeds = [value for _, metric, value in rows if metric == "train/cells_per_second"]
+    speeds = [value for _, metric, value in rows if metric == "speed/cells_per_second"]
     return {
         "optimizer": name,
         "lr": rate,

@@ -54,6 +54,15 @@ def test_what_is_saved_comes_back(model: Path) -> None:
     assert plain[0] == plain[1]
 
 
+def test_a_model_runs_wherever_it_was_trained(tmp_path: Path) -> None:
+    """The attention backend is a matter of the run: one that only a GPU has does not tie the model to GPUs."""
+    files = some_files()
+    files.model.backend = "flash"
+    save_model(tmp_path / "model", files.build(), files)
+    assert read_model(tmp_path / "model").model.backend == "auto"
+    assert files.model.backend == "flash"
+
+
 def test_weights_are_named_by_backbone_and_head(model: Path) -> None:
     kinds = {
         ".".join(name.split(".")[: 1 if name.startswith("backbone") else 2])

@@ -6,14 +6,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import torch
+import torch.distributed as dist
 from runs import tiny_recipe, write_shards
+from scbert_runs import SCBERT, scbert_recipe
 from torch import Tensor
 
 from scfm.checkpoints.native import read_weights
+from scfm.data.shards import open_shards
 from scfm.training.callbacks import read_metrics
-from scfm.training.run import pretrain
+from scfm.training.launch import build_trainer
+from scfm.training.run import modules_of, pretrain, pretraining_job
 
 pytestmark = pytest.mark.distributed
 
@@ -70,6 +77,50 @@ def test_two_processes_equal_one(
     ]
     assert len(losses[0]) == 6 + 1
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_pack", [150, 5000], ids=["many-packs", "one-pack-each"])
+def test_scbert_on_two_processes_with_features_drawn_on_the_way(
+    shards: Path, tmp_path: Path, tokens_per_pack: int
+) -> None:
+    """Both draw the same features at the same steps, and none of them is told by the other."""
+    performer = SCBERT["model"]["performer"] | {"redraw_every": 2}
+    common = {"model": {"performer": performer}, "optimizer": SMOOTH, "data": {"tokens_per_pack": tokens_per_pack}}
+    two = {"devices": 2, "strategy": "ddp_fork"}
+    one = read_weights(pretrain(scbert_recipe(shards, tmp_path / "one", **common)))
+    both = read_weights(pretrain(scbert_recipe(shards, tmp_path / "two", **common, trainer=two)))
+    assert largest_difference(one, both) < 2e-5
+    kept = {"model": {"performer": performer | {"redraw_every": 0}}}
+    started = read_weights(pretrain(scbert_recipe(shards, tmp_path / "kept", **common | kept)))
+    drawn = "backbone.blocks.0.mixer.projection"
+    assert float((one[drawn] - started[drawn]).abs().max()) > 0.1
+
+
+class SameFeatures(L.Callback):
+    """Fails where two processes trained a step with different features; counts the draws."""
+
+    def __init__(self) -> None:
+        self.draws = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        mine = pl_module.network.backbone.blocks[1].mixer.projection.clone()
+        everyone = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(everyone, mine)
+        assert torch.equal(everyone[0], everyone[1])
+        self.draws += int(hasattr(self, "last") and not torch.equal(self.last, mine))
+        self.last = mine
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        assert self.draws >= 2
+
+
+def test_compat_draws_alike_in_every_process(shards: Path, tmp_path: Path) -> None:
+    """It counts forward passes, of which every process takes as many as the others."""
+    form = {"performer": SCBERT["model"]["performer"] | {"mode": "compat", "redraw_every": 5}}
+    two = {"devices": 2, "strategy": "ddp_fork"}
+    recipe = scbert_recipe(shards, tmp_path / "run", model=form, trainer=two, data={"tokens_per_pack": 150})
+    module, data = modules_of(pretraining_job(recipe, open_shards(shards), shuffled=True))
+    build_trainer(recipe, callbacks=[SameFeatures()], logger=False, enable_checkpointing=False).fit(module, data)
 
 
 def test_resuming_on_two_processes_what_one_began(shards: Path, tmp_path: Path) -> None:

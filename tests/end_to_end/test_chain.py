@@ -14,6 +14,7 @@ from cells import GENES, made_up_cells
 
 from scfm.checkpoints.native import read_model
 from scfm.data.hashing import load_hashes
+from scfm.training.callbacks import read_metrics
 
 PROCESSES = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
 
@@ -99,3 +100,23 @@ def test_evaluation_stands_beside_its_baselines(tmp_path: Path) -> None:
         # the model was pretrained on the reference: on nothing of the query, on all held-out cells of the reference
         seen = {(leak["cells"], leak["seen"]) for leak in scores["leakage"]}
         assert seen == ({(60, 0)} if folder == "across" else {(18, 18)})
+
+
+def test_scbert_small_pretrains_from_the_same_shards_and_embeds(tmp_path: Path) -> None:
+    """The bundled recipe on shards as scGPT's, through the command line: baselines logged, cells embedded."""
+    made_up_cells(120, seed=0).write_h5ad(tmp_path / "cells.h5ad")
+    made_up_cells(20, seed=1).write_h5ad(tmp_path / "query.h5ad")
+    scfm("prepare", tmp_path / "cells.h5ad", "--out", tmp_path / "shards")
+    # so few genes have hundreds of counts per 10,000 each: with 6 bins all would be in the last
+    log = scfm(
+        "pretrain", "--config", "recipes/pretrain/scbert-small.yaml", "--data.shards", tmp_path / "shards",
+        "--out", tmp_path / "run", "--data.n_bins", 13, "--data.mask_value", 13, "--trainer.accelerator", "cpu",
+        "--trainer.log_every_n_steps", 3, "--model.performer.redraw_every", 5,
+    )  # fmt: skip
+    assert "mixer favor (correct, kernel exp), 4 heads of 16" in log
+    metrics = {name: value for _, name, value in read_metrics(tmp_path / "run/metrics.csv")}
+    for name in ("valid/masked_bin_accuracy", "baseline_accuracy/most frequent bin"):
+        assert 0 < metrics[name] < 1
+    embedded = tmp_path / "embedded.h5ad"
+    scfm("embed", tmp_path / "query.h5ad", "--model", tmp_path / "run/model", "--out", embedded)
+    assert anndata.read_h5ad(embedded).obsm["X_scfm"].shape == (20, 64)

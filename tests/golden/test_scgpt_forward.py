@@ -14,7 +14,7 @@ from torch import Tensor
 from scfm.data.batch import PackedBatch
 from scfm.evaluation.metrics import relative_error
 from scfm.model.heads import HeadSpec, build_head
-from scfm.model.scgpt import ModelOutput
+from scfm.model.output import ModelOutput
 from scfm.objectives import CCE, ECS, GEP
 
 pytestmark = pytest.mark.golden

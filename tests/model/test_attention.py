@@ -7,11 +7,12 @@ import torch
 import varlen_on_cpu  # noqa: F401, gives the varlen operators a CPU kernel
 from packs import random_pack
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm.errors import ScfmError
 from scfm.model import attention, attention_cpu
-from scfm.model.attention import AttentionLayout, Flex, block_mask, pick_backend, prepare
+from scfm.model.attention import AttentionLayout, Flex, block_mask, fused_flex, pick_backend, prepare
 from scfm.model.attention_cpu import runs_of
 
 # (lengths, known): one cell only <cls> known, one all known, one of a single token, two alike (one kernel call)
@@ -174,6 +175,19 @@ def test_block_mask_equals_the_definition(cells: tuple[list[int], list[int]], mo
     qkv = random_qkv(layout).float()
     with torch.no_grad():  # FlexAttention has no backward on a CPU
         assert relative(Flex(mask)(qkv, 0.3), reference(qkv.double(), layout, 0.3)) < 1e-6
+
+
+def test_flex_is_compiled_with_the_block_that_calls_it() -> None:
+    """On a GPU it is compiled by itself; in a block that is compiled, a second torch.compile would be an error."""
+
+    def block(q: Tensor, mask: BlockMask) -> Tensor:
+        return fused_flex()(q, q, q, block_mask=mask)
+
+    layout = layout_of(LONG)
+    q, mask = random_qkv(layout).float()[:, 0].transpose(0, 1)[None], block_mask(layout)
+    with torch.no_grad():
+        together = torch.compile(block, fullgraph=True, dynamic=True, backend="eager")(q, mask)
+        assert torch.allclose(together, flex_attention(q, q, q, block_mask=mask), atol=1e-6)
 
 
 def listed(counts: Tensor, indices: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from packs import N_BINS, random_pack
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
-from scfm.model.scgpt import ModelOutput
-from scfm.objectives import CCE, CLS, DAR, ECS, GEP, GEPC, OBJECTIVES, CellPrompt, build_objectives
+from scfm.model.output import ModelOutput
+from scfm.objectives import CCE, CLS, DAR, ECS, GEP, GEPC, OBJECTIVES, CellPrompt, MaskedBin, build_objectives
 from scfm.recipe import ObjectiveConfig
 
 
@@ -146,6 +146,26 @@ def test_elastic_similarity_by_hand() -> None:
     torch.testing.assert_close(ECS(t).loss(cells), torch.tensor(expected))
 
 
+def test_masked_bins_are_a_cross_entropy_over_all_logits_and_an_accuracy_among_expressed_bins() -> None:
+    batch = random_pack([6, 4], [2, 3])
+    truth = batch.targets[batch.predicted].long()
+    logits = torch.randn(5, N_BINS + 1)
+    logits[:, [0, N_BINS]] += 20  # not expressed, and the mask: never right
+    logits[0, truth[0]] += 10
+    loss, metrics = MaskedBin(N_BINS).loss(batch, output_of(batch, masked_bin=logits))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, truth))
+    best = logits[:, 1:N_BINS].argmax(-1) + 1
+    assert best[0] == truth[0]
+    assert float(metrics["masked_bin_accuracy"]) == pytest.approx(float((best == truth).float().mean()))
+
+
+def test_masked_bins_need_hidden_genes() -> None:
+    batch = random_pack([6], [6])
+    batch.targets = None
+    with pytest.raises(ScfmError, match=r"has no targets; set data\.mask_ratios"):
+        MaskedBin(N_BINS).loss(batch, output_of(batch, masked_bin=torch.empty(0, N_BINS + 1)))
+
+
 def test_recipe_builds_objectives_with_their_heads() -> None:
     configs = [
         ObjectiveConfig("gep", weight=2.0),
@@ -155,11 +175,12 @@ def test_recipe_builds_objectives_with_their_heads() -> None:
         ObjectiveConfig("cls"),
         ObjectiveConfig("dar", condition="donor"),
         ObjectiveConfig("cce", temperature=0.1),
+        ObjectiveConfig("masked_bin"),
     ]
     objectives = build_objectives(configs, n_bins=N_BINS, labels=["a", "b"], categories={"donor": ["x", "y", "z"]})
     assert [objective.name for objective in objectives] == [config.name for config in configs] == list(OBJECTIVES)
-    assert [objective.scope for objective in objectives] == ["pack", "pack", "pack", "global", "pack", "pack", "global"]
-    assert [objective.needs_second_pass for objective in objectives] == [False, False, True, False, False, False, False]
+    assert [objective.name for objective in objectives if objective.scope == "global"] == ["ecs", "cce"]
+    assert [objective.name for objective in objectives if objective.needs_second_pass] == ["cell_prompt"]
     assert objectives[0].weight == 2.0
     assert objectives[2].start_step == 7
     heads = {head.task: head for objective in objectives for head in objective.heads()}
@@ -168,7 +189,10 @@ def test_recipe_builds_objectives_with_their_heads() -> None:
         "gepc": HeadSpec("gepc", "gepc", N_BINS),
         "annotation": HeadSpec("annotation", "cls", 2, ["a", "b"]),
         "dar": HeadSpec("dar", "domain", 3, ["x", "y", "z"]),
+        "masked_bin": HeadSpec("masked_bin", "bins", N_BINS + 1),
     }
+    (by_gene,) = build_objectives([ObjectiveConfig("cls", head="genes")], n_bins=N_BINS, labels=["a", "b"])
+    assert by_gene.heads() == [HeadSpec("annotation", "genes", 2, ["a", "b"])]
     (gep,) = build_objectives([ObjectiveConfig("gep", nonzero=True)], n_bins=N_BINS)
     assert gep.heads() == [HeadSpec("gep", "gep", nonzero=True)]
 

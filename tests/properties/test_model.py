@@ -13,7 +13,7 @@ from torch import Tensor
 from scfm.data.batch import PackedBatch
 from scfm.model import ScGPT
 from scfm.model.heads import HeadSpec
-from scfm.model.scgpt import ModelOutput
+from scfm.model.output import ModelOutput
 from scfm.recipe import ModelConfig
 
 

@@ -69,7 +69,7 @@ def test_steps_equal_those_of_torch_by_hand() -> None:
     """q, k and v as matrices of their own under torch's Muon, all else under AdamW, one schedule over both."""
     ours, theirs = made_up_network(), made_up_network()
     optimizer = build_optimizer(ours, MUON, fused=True)
-    schedule = build_schedule(optimizer, MUON, total_steps=5)
+    schedule = build_schedule(optimizer, MUON, total_steps=5, epoch_steps=5)
     cut: list[tuple[Tensor, nn.Parameter]] = []
     whole: list[nn.Parameter] = []
     decays, spared = [], []
@@ -87,7 +87,7 @@ def test_steps_equal_those_of_torch_by_hand() -> None:
         ),
         torch.optim.AdamW(groups, lr=0.1, fused=True),
     ]
-    schedules = [build_schedule(each, MUON, total_steps=5) for each in by_hand]
+    schedules = [build_schedule(each, MUON, total_steps=5, epoch_steps=5) for each in by_hand]
     for step in range(3):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -119,7 +119,7 @@ def test_a_saved_state_continues_to_the_bit() -> None:
     again = deepcopy(network)
     resumed = build_optimizer(again, MUON, fused=True)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    schedules = [build_schedule(each, MUON, total_steps=5) for each in (optimizer, resumed)]
+    schedules = [build_schedule(each, MUON, total_steps=5, epoch_steps=5) for each in (optimizer, resumed)]
     for step in range(2, 4):
         for each, one, schedule in zip((network, again), (optimizer, resumed), schedules, strict=True):
             set_gradients(each, step)

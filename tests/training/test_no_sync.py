@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from runs import tiny_recipe, write_shards
+from scbert_runs import SCBERT, scbert_recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -104,10 +105,28 @@ def step_on_meta(module: FoundationModule, packs: Sequence[PackedBatch]) -> None
 def test_a_step_reads_nothing_back_and_copies_nothing(
     shards: Path, monkeypatch: pytest.MonkeyPatch, objectives: list[dict[str, Any]], model: dict[str, Any]
 ) -> None:
-    quieten()
     monkeypatch.setattr(scgpt, "pick_backend", lambda *_: ("flash", "as on a GPU"))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # does not know the meta device
     recipe = tiny_recipe(shards, Path("unused"), model=model, objectives=objectives, data={"fill_packs": True})
+    take_steps(recipe, shards, monkeypatch)
+
+
+@pytest.mark.parametrize("mixer", ["favor", "linear"])
+@pytest.mark.parametrize(
+    "objective", [{"name": "masked_bin"}, {"name": "cls", "head": "genes"}], ids=["bins", "classes"]
+)
+def test_a_step_of_scbert_reads_nothing_back_and_copies_nothing(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, mixer: str, objective: dict[str, Any]
+) -> None:
+    """All but the mixer's kernel, which the meta device does not run."""
+    form = {"mixer": mixer, "performer": SCBERT["model"]["performer"]}
+    recipe = scbert_recipe(shards, Path("unused"), model=form, objectives=[objective], data={"cells_per_batch": 18})
+    take_steps(recipe, shards, monkeypatch)
+
+
+def take_steps(recipe: Recipe, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take two training steps of a recipe on the meta device, the second of them watched."""
+    quieten()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # does not know the meta device
     module, data = assembled(recipe, shards)
     module._trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,22 @@ def test_resumed_from_a_named_checkpoint(shards: Path, unbroken: Path, tmp_path:
     pretrain(recipe)
     pretrain(recipe, resume=str(tmp_path / "run" / "checkpoints" / f"step={step:09d}.ckpt"))
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_the_rate_of_an_epoch_is_resumed(shards: Path, tmp_path: Path) -> None:
+    """Cycles of two epochs and more, an epoch of 6 steps; 8 and 14 are within one."""
+    cycles = {"schedule": "cosine_restarts", "warmup": 1, "cycle_epochs": 2, "cycle_growth": 2, "min_lr": 1e-3}
+    recipes = [recipe_for(shards, tmp_path / name) for name in ("unbroken", "run")]
+    for recipe in recipes:
+        recipe.optimizer = replace(recipe.optimizer, **cycles)
+        recipe.checkpoint = replace(recipe.checkpoint, every_steps=2, keep=20)
+        pretrain(recipe)
+    logged = read_metrics(tmp_path / "run" / "metrics.csv")
+    rates = {(step // 6, round(value, 9)) for step, name, value in logged if name == "train/learning_rate"}
+    assert sorted(rates) == [(0, 0.001), (1, 0.01), (2, 0.001), (3, 0.009), (4, 0.005)]
+    for step in (8, 14):
+        pretrain(recipes[1], resume=str(tmp_path / "run" / "checkpoints" / f"step={step:09d}.ckpt"))
+        assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
 def test_a_run_is_not_overwritten(shards: Path, unbroken: Path) -> None:

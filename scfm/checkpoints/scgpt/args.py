@@ -1,18 +1,34 @@
-"""The args.json of an exported model: by the keys that scGPT's own code and scripts read."""
+"""args.json: read, and written by the keys that scGPT's own code and scripts read."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from scfm.checkpoints.native import ModelFiles
 from scfm.checkpoints.scgpt.form import POOLING, QUERIES, SIZES
 from scfm.checkpoints.scgpt.limits import PERTURBATION
 from scfm.checkpoints.scgpt.parts import PARTS
+from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
 
 STYLES = {query: style for style, query in QUERIES.items()}
 PAD_VALUE = -2
 ROW_OF_PERTURBATION_PADDING = 0  # condition 0 adds nothing here, and is not trained
+
+
+def read_args(path: Path) -> dict[str, Any]:
+    """Return the content of args.json. Raises ScfmError where it is missing or no JSON object."""
+    try:
+        args = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ScfmError(f"{path}: there is no such file; name the args.json of the model with --args") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ScfmError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(args, dict):
+        raise ScfmError(f"{path}: holds a {type(args).__name__}; expected an object of settings")
+    return args
 
 
 def args_of(files: ModelFiles) -> dict[str, Any]:

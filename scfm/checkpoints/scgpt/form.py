@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from scfm.checkpoints.fit import Shapes
+from scfm.checkpoints.labels import named
 from scfm.checkpoints.scgpt.names import FLAG, GENES
 from scfm.checkpoints.scgpt.parts import part_of
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec, Query
 from scfm.recipe import ModelConfig
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 SIZES = {
     "width": ("embsize", "d_model", "layer_size"),
@@ -154,15 +154,7 @@ class FormReader:
         if len(set(told.values())) > 1:
             said = ", ".join(f"{part} for {n}" for part, n in told.items())
             self.conflicts.append(f"the tensors disagree on the number of batches: {said}")
-        return self.named(given, self.size("batches", max(told.values())), "batches")
-
-    def named(self, given: Sequence[str] | None, n: int, what: str) -> list[str]:
-        if given is None:
-            self.notes.append(f"scGPT keeps no names of its {n} {what}: they are numbered; --{what} names them")
-            return [str(i) for i in range(n)]
-        if len(given) != n or len(set(given)) != n:
-            raise ScfmError(f"--{what}: {len(set(given))} different names in {len(given)} lines; the model has {n}")
-        return list(given)
+        return named(given, self.size("batches", max(told.values())), "batches", "scGPT", self.notes)
 
     def heads(self, labels: Sequence[str] | None, batch_names: list[str]) -> list[HeadSpec]:
         args, heads = self.args, []
@@ -179,7 +171,7 @@ class FormReader:
         if "cls_decoder" in self.parts:
             n = self.rows("cls_decoder.out_layer.weight") or 1
             layers = self.size("cls_decoder's layers", self.class_layers("cls_decoder"))
-            names = self.named(labels, n, "labels") if n > 1 or labels else ["0"]
+            names = named(labels, n, "labels", "scGPT", self.notes) if n > 1 or labels else ["0"]
             heads.append(HeadSpec("annotation", "cls", n, names, layers=layers))
         elif labels is not None:
             raise ScfmError("--labels: the checkpoint has no cls_decoder")

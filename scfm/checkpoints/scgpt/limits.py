@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from scfm.checkpoints.native import ModelFiles
 from scfm.checkpoints.scgpt.form import PERTURBATIONS
@@ -25,6 +23,8 @@ def scgpt_class(files: ModelFiles) -> str:
 
 def check(files: ModelFiles) -> None:
     """Raise ScfmError that lists all that scGPT has no place for, with the option that drops it where one exists."""
+    if files.model.name != "scgpt":
+        raise ScfmError(f"a model of the kind {files.model.name} is none of scGPT's")
     kind = scgpt_class(files)
     wrong = wrong_model(files, kind)
     for head in files.heads:
@@ -47,6 +47,8 @@ def wrong_model(files: ModelFiles, kind: str) -> list[str]:
     conditions = dict.fromkeys([*model.cell_conditions, *([model.domain] if model.domain else [])])
     others = [name for name in files.gene_conditions if name not in (model.modality, PERTURBATION)]
     wrong = []
+    if files.tokens.values == "log2":
+        wrong.append("data.values log2: scGPT bins values by their quantiles")
     if model.activation != "relu":
         wrong.append(f"model.activation {model.activation}: scGPT has relu")
     if len(conditions) > 1:
@@ -119,22 +121,3 @@ def notes(files: ModelFiles) -> list[str]:
     if not any(head.kind == "gep" for head in files.heads):
         said.append("there is no gep head: scGPT builds a decoder all the same, with random weights")
     return said
-
-
-def without(files: ModelFiles, drop: Sequence[str], tensors: Sequence[str]) -> tuple[list[HeadSpec], list[str]]:
-    """Return the heads that patterns of tensor names leave, and the tensors that they drop.
-
-    Raises ScfmError where a pattern matches nothing, or a part of a head, or anything but heads.
-    """
-    idle = [pattern for pattern in drop if not any(fnmatchcase(name, pattern) for name in tensors)]
-    if idle:
-        raise ScfmError(f"--drop {' '.join(idle)} matches no tensor")
-    dropped = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in drop)]
-    kept = [name for name in tensors if name not in dropped]
-    heads = [head for head in files.heads if not any(name.startswith(f"heads.{head.task}.") for name in dropped)]
-    tasks = {head.task for head in files.heads} - {head.task for head in heads}
-    torn = [name for name in dropped if not any(name.startswith(f"heads.{task}.") for task in tasks)]
-    torn += [name for name in kept if any(name.startswith(f"heads.{task}.") for task in tasks)]
-    if torn:
-        raise ScfmError(f"--drop: only whole heads can be left behind, heads.TASK.*; not {', '.join(torn[:5])}")
-    return heads, dropped

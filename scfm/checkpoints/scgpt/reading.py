@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor
 
 from scfm.checkpoints.card import converted_card
+from scfm.checkpoints.drop import matching
 from scfm.checkpoints.native import ModelFiles, read_json
-from scfm.checkpoints.scgpt.files import read_args, read_state, weights_file
+from scfm.checkpoints.record import RECORD, changed, read_record
+from scfm.checkpoints.report import Report
+from scfm.checkpoints.scgpt.args import read_args
 from scfm.checkpoints.scgpt.form import FormReader
 from scfm.checkpoints.scgpt.names import FLAG, GENES, UNUSED, Pair, layout_of, pairs_of
 from scfm.checkpoints.scgpt.parts import announced, check_allowed, part_of
-from scfm.checkpoints.scgpt.record import RECORD, read_record
-from scfm.checkpoints.scgpt.report import Report
 from scfm.checkpoints.scgpt.settings import Preset, gene_tables, token_config
 from scfm.checkpoints.scgpt.strict import check
 from scfm.checkpoints.scgpt.tokens import Tokens, read_tokens
+from scfm.checkpoints.torch_files import read_state, weights_file
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 
@@ -32,7 +33,7 @@ def read_scgpt(
     source: Path | str,
     *,
     args: Path | str | None = None,
-    vocab: Path | str | None = None,
+    vocabulary: Path | str | None = None,
     preset: Preset = "zero_shot",
     allow: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -48,7 +49,7 @@ def read_scgpt(
     Args:
         source: folder with args.json, vocab.json and weights, or the file with the weights.
         args: args.json, if it is not beside the weights.
-        vocab: vocab.json, or a text file with a token per line, if it is not beside the weights.
+        vocabulary: vocab.json, or a text file with a token per line, if it is not beside the weights.
         preset: `zero_shot` or `finetuned`: how cells become tokens.
         allow: parts for which the tensors are right, whatever args.json says.
         drop: patterns of tensors to leave behind, by their names in layout flash.
@@ -67,17 +68,17 @@ def read_scgpt(
     state = read_state(weights)
     exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     if (folder / RECORD).is_file():
-        if any([args, vocab, labels, batches, allow, drop, ensembl_of]) or preset != "zero_shot":
+        if any([args, vocabulary, labels, batches, allow, drop, ensembl_of]) or preset != "zero_shot":
             raise ScfmError(
                 f"{folder / RECORD}: says what scfm exported here, so no option is needed; to read the folder as "
                 "scGPT's alone, remove this file"
             )
         return read_back(exact, weights)
     said = read_args(Path(args) if args else folder / "args.json")
-    vocab = Path(vocab) if vocab else folder / "vocab.json"
+    listed = Path(vocabulary) if vocabulary else folder / "vocab.json"
     _, names = layout_of(state)
     rows = [tensor.shape[0] for name, tensor in state.items() if names[name] == GENES and tensor.ndim == 2]
-    tokens = read_tokens(vocab, rows[0] if rows else 0, ensembl_of)
+    tokens = read_tokens(listed, rows[0] if rows else 0, ensembl_of)
     files, native, report = to_native(
         exact,
         said,
@@ -124,10 +125,7 @@ def to_native(
     tokens = vocabulary if isinstance(vocabulary, Tokens) else Tokens.same_order(vocabulary)
     layout, names = layout_of(state)
     tensors = {names[name]: tensor for name, tensor in state.items()}
-    dropped = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in drop)]
-    idle = [pattern for pattern in drop if not any(fnmatchcase(name, pattern) for name in tensors)]
-    if idle:
-        raise ScfmError(f"{source}: --drop {' '.join(idle)} matches no tensor")
+    dropped = matching(drop, tensors, source)
     unused = [name for name in tensors if name.startswith(UNUSED) and name not in dropped]
     kept = {name: tensor for name, tensor in tensors.items() if name not in {*dropped, *unused}}
 
@@ -201,7 +199,7 @@ def read_back(state: State, file: Path) -> tuple[ModelFiles, dict[str, Tensor], 
     files, tokens = record.files, Tokens(record.files.vocabulary, record.native_of)
     vocab = file.parent / "vocab.json"
     if read_json(vocab) != {token: row for row, token in enumerate(tokens.names)}:
-        raise ScfmError(f"{vocab}: is not what scfm exported; remove {RECORD} to read the folder as scGPT's alone")
+        raise changed(vocab)
     kept = {name: tensor for name, tensor in state.items() if name not in record.added}
     weights = {pair.native: native_tensor(pair, kept, tokens) for pair in pairs_of(files)}
     notes = [f"{RECORD} says what scfm exported here: this is that model again"]

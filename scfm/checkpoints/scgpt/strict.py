@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from scfm.checkpoints.scgpt.form import Form, Shapes
+from scfm.checkpoints.fit import Groups, Shapes, incomplete, misshapen, refuse
+from scfm.checkpoints.scgpt.form import Form
 from scfm.checkpoints.scgpt.names import GENES, Pair
 from scfm.checkpoints.scgpt.parts import PARTS, REQUIRED, part_of, said_by
-from scfm.errors import ScfmError
 
 LINEAR = "transformer_encoder.fast_transformer_encoder."
 
@@ -47,20 +47,12 @@ def check(
     expected = {name: pair.scgpt_shape(n_tokens) for pair in pairs for name in pair.scgpt}
     groups = announced_otherwise(shapes, args, says, dropped, allow)
     told = {name for _, names in groups for name in names}
-    groups += incomplete(shapes, expected, told)
-    misshapen = [
-        f"{name} is {shapes[name]}, expected {shape}"
-        + (f": the vocabulary has {n_tokens} tokens, special ones included" if name == GENES else "")
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if misshapen:
-        groups.append(("mis-shaped; no option allows this: tensors or args.json are another model's", misshapen))
+    groups += incomplete(shapes, expected, part_of, why_unexpected, told)
+    hints = {GENES: f"the vocabulary has {n_tokens} tokens, special ones included"}
+    groups += misshapen(shapes, expected, "tensors or args.json are another model's", hints)
     if form.conflicts:
         groups.append(("contradictory; no option allows this: is it the args.json of another model?", form.conflicts))
-    if groups:
-        lines = [line for head, names in groups for line in (f"  {head}", *(f"    {name}" for name in sorted(names)))]
-        raise ScfmError("\n".join([f"{source}: tensors and args.json do not fit:", *lines]))
+    refuse(groups, f"{source}: tensors and args.json do not fit:")
 
 
 def announced_otherwise(
@@ -69,7 +61,7 @@ def announced_otherwise(
     says: Mapping[str, bool | None],
     dropped: Collection[str],
     allow: Collection[str],
-) -> list[tuple[str, list[str]]]:
+) -> Groups:
     """Return the parts that are missing though announced, or there though not announced, with their tensors."""
     by_part: defaultdict[str | None, list[str]] = defaultdict(list)
     for name, shape in shapes.items():
@@ -92,25 +84,7 @@ def announced_otherwise(
     return groups
 
 
-def incomplete(
-    shapes: Shapes, expected: Mapping[str, tuple[int, ...]], told: Collection[str]
-) -> list[tuple[str, list[str]]]:
-    """Return tensors that a part lacks, and those that it, or scGPT altogether, does not have."""
-    missing: defaultdict[str, list[str]] = defaultdict(list)
-    unexpected: defaultdict[str, list[str]] = defaultdict(list)
-    for name, shape in expected.items():
-        if name not in shapes:
-            missing[part_of(name) or ""].append(f"{name} {shape}")
-    for name, shape in shapes.items():
-        if name not in expected and f"{name} {shape}" not in told:
-            unexpected[part_of(name) or ""].append(f"{name} {shape}")
-    groups = [
-        (f"{part} is incomplete; no option allows this: these are missing", names) for part, names in missing.items()
-    ]
-    for part, names in unexpected.items():
-        if any(name.startswith(LINEAR) for name in names):
-            why = "linear attention (fast_transformer_backend 'linear') has no counterpart in scfm"
-        else:
-            why = f"scGPT's {part} has no such tensors" if part else "scGPT has no such part"
-        groups.append((f"{part or 'unknown'} is unexpected (--drop PATTERN leaves tensors behind): {why}", names))
-    return groups
+def why_unexpected(part: str | None, names: Sequence[str]) -> str:
+    if any(name.startswith(LINEAR) for name in names):
+        return "linear attention (fast_transformer_backend 'linear') has no counterpart in scfm"
+    return f"scGPT's {part} has no such tensors" if part else "scGPT has no such part"

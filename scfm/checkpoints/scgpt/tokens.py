@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from scfm.checkpoints.gene_names import names_of, with_ensembl
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.data.vocabulary_files import (
     SCGPT_SPECIALS,
@@ -51,7 +51,7 @@ class Tokens:
     @property
     def names(self) -> list[str]:
         """scGPT's tokens by row; a row without an entry is that of `<eoc>`."""
-        native = token_names(self.vocabulary)
+        native = names_of(self.vocabulary)
         return [native[i] if i >= 0 else EOC for i in self.native_of]
 
     def to_native(self, rows: Tensor) -> Tensor:
@@ -108,26 +108,6 @@ def read_tokens(path: Path, n_rows: int, ensembl_of: Mapping[str, str] | None = 
             native_of[row] = len(entries)
             entries.append(entry)
     return Tokens(with_ensembl(Vocabulary(entries), ensembl_of or {}), native_of)
-
-
-def with_ensembl(vocabulary: Vocabulary, ensembl_of: Mapping[str, str]) -> Vocabulary:
-    """Add the Ensembl ids of genes known by symbol only, where no two genes would share one."""
-    found = {gene.id: ensembl_of[gene.id] for gene in vocabulary.entries if not gene.ensembl and gene.id in ensembl_of}
-    owners = Counter(found.values()) + Counter(gene.ensembl for gene in vocabulary.entries if gene.ensembl)
-    unique = {symbol: ensembl for symbol, ensembl in found.items() if owners[ensembl] == 1}
-    return Vocabulary([replace(gene, ensembl=unique.get(gene.id, gene.ensembl)) for gene in vocabulary.entries])
-
-
-def token_names(vocabulary: Vocabulary) -> list[str]:
-    """Return the token of each entry for scGPT: its symbol where that is nobody else's name, else its id."""
-    ids = {gene.id for gene in vocabulary.entries}
-    symbols = Counter(gene.symbol for gene in vocabulary.entries)
-    return [
-        gene.symbol
-        if gene.symbol and symbols[gene.symbol] == 1 and (gene.symbol == gene.id or gene.symbol not in ids)
-        else gene.id
-        for gene in vocabulary.entries
-    ]
 
 
 def write_tokens(path: Path, tokens: Tokens) -> None:

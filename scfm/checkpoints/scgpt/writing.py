@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scfm.checkpoints.drop import without
 from scfm.checkpoints.native import ModelFiles
+from scfm.checkpoints.record import Record, write_record
+from scfm.checkpoints.report import Report
 from scfm.checkpoints.scgpt.args import args_of
-from scfm.checkpoints.scgpt.limits import check, notes, scgpt_class, without
+from scfm.checkpoints.scgpt.limits import check, notes, scgpt_class
 from scfm.checkpoints.scgpt.names import FLAG, UNUSED, Pair, pairs_of
 from scfm.checkpoints.scgpt.parts import part_of
-from scfm.checkpoints.scgpt.record import Record, write_record
-from scfm.checkpoints.scgpt.report import Report
 from scfm.checkpoints.scgpt.tokens import EOC, Tokens, write_tokens
 from scfm.errors import ScfmError
 

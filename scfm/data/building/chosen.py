@@ -54,7 +54,8 @@ class Chosen:
     def units(self, number: int, values_per_unit: int) -> list[tuple[int, int, int]]:
         """Return (source, first row, row after the last) of the units of a source; none is without a wanted row."""
         source = self.surveyed[number]
-        rows = max(1, values_per_unit // max(1, source.values // max(1, source.cells)))
+        most = max(1, values_per_unit // max(1, source.values // max(1, source.cells)))
+        rows = -(-source.cells // -(-source.cells // most))  # of one size, so that all processes end at once
         kept = read_chosen(self.building, number, source.cells)
         spans = [(first, min(first + rows, source.cells)) for first in range(0, source.cells, rows)]
         return [(number, first, last) for first, last in spans if kept[first:last].any()]

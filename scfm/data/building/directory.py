@@ -24,7 +24,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from typing import Any
 from scfm.errors import ScfmError
 
 PLANNING, BUILDING = "planning", "building"
+PATIENCE = 5
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -87,6 +88,7 @@ def locked(building: Path, name: str, role: str, wait_while: str | None = None) 
 
     Raises ScfmError that names the process and host that hold the lock.
     """
+    looks = 0
     while True:
         try:
             building.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,9 @@ def locked(building: Path, name: str, role: str, wait_while: str | None = None) 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _holder(building / name)
-                if holder.get("role") == wait_while or (wait_while and not holder):
+                # who has just taken the lock may not have signed it yet: what stands there is then of another
+                if wait_while and (holder.get("role") == wait_while or looks < PATIENCE):
+                    looks = 0 if holder.get("role") == wait_while else looks + 1
                     time.sleep(0.2)
                     continue
                 raise ScfmError(_busy(building, holder)) from None
@@ -153,11 +157,4 @@ def clear(building: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         elif path.suffix != ".lock" and path.name != "lock":
-            path.unlink()
-
-
-def sweep(directory: Path, wanted: Callable[[Path], bool]) -> None:
-    """Remove files of a directory that nobody waits for: what a killed process had begun to write."""
-    for path in directory.iterdir():
-        if not wanted(path):
             path.unlink()

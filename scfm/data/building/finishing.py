@@ -32,6 +32,7 @@ def finish(building: Path, plan: Plan, options: BuildOptions, gene_tables: list[
     buckets = shards_of(building, plan)
     shards = [read_sidecar(building, shard) for shard in range(len(buckets))]
     held = sum(s["cells"] for s, bucket in zip(shards, buckets, strict=True) if bucket >= plan.n_buckets[0])
+    held_out = {"by": plan.held_out_by, "groups": plan.held_out, "cells": held}
     filters = {name: getattr(options, name) for name in FILTERS}
     write_manifest(
         building / "out",
@@ -46,7 +47,7 @@ def finish(building: Path, plan: Plan, options: BuildOptions, gene_tables: list[
         filters=filters,
         duplicates=options.duplicates,
         same_dataset=same_dataset(surveyed),
-        held_out={"by": plan.held_out_by, "groups": plan.held_out, "cells": held} if plan.held_out_by else None,
+        held_out=held_out if held else None,
     )
 
 

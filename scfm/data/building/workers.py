@@ -91,8 +91,9 @@ class Crew:
                 yield job(*arguments)
             return
         with self._executor(workers) as executor:
-            futures: list[Future[int | None]] = [executor.submit(job, *arguments) for arguments in pending]
+            futures: list[Future[int | None]] = []
             try:
+                futures += [executor.submit(job, *arguments) for arguments in pending]
                 for future in as_completed(futures):
                     yield future.result()
             except BrokenProcessPool as error:
@@ -102,7 +103,9 @@ class Crew:
                     "same command goes on"
                 ) from error
             finally:
-                executor.shutdown(cancel_futures=True)
+                for future in futures:
+                    future.cancel()
+                executor.shutdown()
 
     @contextmanager
     def _executor(self, workers: int) -> Iterator[Executor]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from scgpt_folders import TOKENS, same, write_folder
 
+from scfm.checkpoints.gene_names import names_of
 from scfm.checkpoints.scgpt.reading import read_scgpt
-from scfm.checkpoints.scgpt.tokens import read_tokens, token_names
+from scfm.checkpoints.scgpt.tokens import read_tokens
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 
@@ -105,7 +106,7 @@ def test_which_file_holds_the_weights(tiny: Path) -> None:
         read_scgpt(tiny)
     for path in tiny.glob("*.pt"):
         path.unlink()
-    with pytest.raises(ScfmError, match=r"found no \.pt file; give the file itself"):
+    with pytest.raises(ScfmError, match=r"found no \.pt or \.pth file; give the file itself"):
         read_scgpt(tiny)
 
 
@@ -115,13 +116,13 @@ def test_args_and_vocabulary_can_stand_elsewhere(tiny: Path, tmp_path: Path) -> 
     args, vocab = ((tiny / f"{name}.json").rename(tmp_path / f"elsewhere/{name}.json") for name in ("args", "vocab"))
     with pytest.raises(ScfmError, match=r"args\.json: there is no such file; name the args\.json .* with --args"):
         read_scgpt(tiny)
-    assert same(read_scgpt(tiny, args=args, vocab=vocab)[1], expected)
+    assert same(read_scgpt(tiny, args=args, vocabulary=vocab)[1], expected)
     args.write_text("{")
     with pytest.raises(ScfmError, match=r"args\.json: is not JSON"):
-        read_scgpt(tiny, args=args, vocab=vocab)
+        read_scgpt(tiny, args=args, vocabulary=vocab)
     args.write_text("[]")
     with pytest.raises(ScfmError, match=r"args\.json: holds a list; expected an object of settings"):
-        read_scgpt(tiny, args=args, vocab=vocab)
+        read_scgpt(tiny, args=args, vocabulary=vocab)
 
 
 # vocabularies
@@ -213,7 +214,7 @@ def test_tokens_for_scgpt_are_symbols_where_these_are_unique() -> None:
             Gene("<cls>"),
         ]
     )
-    assert token_names(vocabulary) == [
+    assert names_of(vocabulary) == [
         "CD3D",
         "ENSG00000000001",
         "ENSG00000000002",

@@ -19,6 +19,7 @@ from scfm.checkpoints.native import ModelFiles, as_plain
 from scfm.checkpoints.scgpt.names import layout_of
 from scfm.checkpoints.scgpt.reading import read_scgpt
 from scfm.checkpoints.scgpt.writing import to_scgpt, write_scgpt
+from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
@@ -168,6 +169,10 @@ def with_(
     ("model", "message"),
     [
         (with_("full", activation="gelu"), "model.activation gelu: scGPT has relu"),
+        (
+            with_("full", conditions={"tokens": TokenConfig(values="log2")}),
+            "data.values log2: scGPT bins values by their quantiles",
+        ),
         (
             with_("full", conditions={"cell_conditions": {"a": ["x"], "b": ["y"]}}, cell_conditions=["a", "b"]),
             "the cell conditions a, b: scGPT has one, the batch",

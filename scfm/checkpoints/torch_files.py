@@ -1,12 +1,12 @@
-"""The files of an scGPT checkpoint: weights read without ever executing what a pickle asks for, and args.json."""
+"""Files that torch.save wrote, read without ever executing what a pickle asks for."""
 
 from __future__ import annotations
 
-import json
 import pickle
 import pickletools
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ WEIGHTS = ("best_model.pt", "model.pt")
 
 
 def weights_file(source: Path) -> Path:
-    """Return the file that holds the weights: `source` itself, or best_model.pt, model.pt or the only .pt in it.
+    """Return the file of weights: `source` itself, or best_model.pt, model.pt or the only .pt or .pth file in it.
 
     Raises:
         ScfmError: there is none, or several and none of these names.
@@ -29,18 +29,23 @@ def weights_file(source: Path) -> Path:
     for name in WEIGHTS:
         if (source / name).is_file():
             return source / name
-    found = sorted(source.glob("*.pt"))
+    found = sorted([*source.glob("*.pt"), *source.glob("*.pth")])
     if len(found) == 1:
         return found[0]
-    names = ", ".join(path.name for path in found) or "no .pt file"
+    names = ", ".join(path.name for path in found) or "no .pt or .pth file"
     raise ScfmError(f"{source}: expected {' or '.join(WEIGHTS)}, found {names}; give the file itself")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .pt file by name, mapped into memory where its format allows.
+    """Return the tensors of a file that holds nothing else, by name. Raises ScfmError as `read_content` does."""
+    return tensors_in(read_content(path), path)
+
+
+def read_content(path: Path) -> Any:
+    """Return what a file holds, its tensors mapped into memory where its format allows.
 
     Raises:
-        ScfmError: the file is damaged, holds anything but tensors, or asks for code to be executed.
+        ScfmError: the file is damaged, or asks for code to be executed.
     """
     zipped = zipfile.is_zipfile(path)
     damaged = ScfmError(f"{path}: is damaged or no torch file; copy it again from where it came")
@@ -49,7 +54,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # the file is refused or read, all the same
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except pickle.UnpicklingError as error:
         if not zipped and not is_pickle(path):
             raise damaged from error
@@ -58,7 +63,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ScfmError(f"{path}: there is no such file") from None
     except Exception as error:  # torch lets through whatever a reader of broken bytes raises
         raise damaged from error
-    if not isinstance(content, dict) or not content:
+
+
+def tensors_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return content that is tensors by name. Raises ScfmError where it is anything else."""
+    if not isinstance(content, Mapping) or not content:
         raise ScfmError(f"{path}: holds no tensors by name but a {type(content).__name__}; {RESAVE}")
     other = [str(name) for name, value in content.items() if not isinstance(value, Tensor) or not isinstance(name, str)]
     if other:
@@ -96,16 +105,3 @@ def is_pickle(path: Path) -> bool:
     except Exception:  # the parser raises whatever broken bytes lead to
         return False
     return True
-
-
-def read_args(path: Path) -> dict[str, Any]:
-    """Return the content of args.json. Raises ScfmError where it is missing or no JSON object."""
-    try:
-        args = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ScfmError(f"{path}: there is no such file; name the args.json of the model with --args") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScfmError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(args, dict):
-        raise ScfmError(f"{path}: holds a {type(args).__name__}; expected an object of settings")
-    return args

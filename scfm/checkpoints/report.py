@@ -1,4 +1,4 @@
-"""What a conversion from or to scGPT did, for the command line and the model card."""
+"""What a conversion did, for the command line and the model card."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Report:
     """What a conversion did.
 
     Attributes:
-        layout: of scGPT's checkpoint: flash, torch or 0.2.5, with `, DDP` where names carry its prefix.
-        parts: part -> number of scGPT's tensors that were converted.
+        layout: of the original's checkpoint, with `, DDP` where names carry its prefix.
+        parts: part -> number of the original's tensors that were converted.
         n_parameters: numbers in them.
         left_behind: tensors that were not converted.
         notes: what a reader should know, in words.

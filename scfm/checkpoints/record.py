@@ -1,10 +1,10 @@
-"""scfm.json: beside an exported scGPT checkpoint, all that scGPT has no place for, so that the way back is exact."""
+"""scfm.json: beside an exported checkpoint, all that the original has no place for, so that the way back is exact."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ class Record:
 
     Attributes:
         files: the native model's own description.
-        native_of: for every row of scGPT's gene embedding the vocabulary's index, -1 for a row that was added.
-        added: tensors that scGPT has and the native model has not.
+        native_of: for every row of the original's gene embedding the vocabulary's index, -1 for a row that was added.
+        added: tensors that the original has and the native model has not.
+        kept: what stands in the native model's tensors and has no place in the original's.
     """
 
     files: ModelFiles
     native_of: list[int]
     added: list[str]
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 def write_record(folder: Path, record: Record, weights: Path) -> None:
@@ -42,6 +44,7 @@ def write_record(folder: Path, record: Record, weights: Path) -> None:
         "vocabulary": [[gene.id, gene.ensembl, gene.symbol] for gene in files.vocabulary.entries],
         "native_of": record.native_of,
         "added": record.added,
+        "kept": record.kept,
         "weights": digest(weights),
         "card": files.card,
     }
@@ -63,14 +66,19 @@ def read_record(folder: Path, weights: Path) -> Record:
     """
     path = folder / RECORD
     content = read_json(path)
-    needed = {"config", "conditions", "training_data", "vocabulary", "native_of", "added", "weights", "card"}
+    needed = {"config", "conditions", "training_data", "vocabulary", "native_of", "added", "kept", "weights", "card"}
     if not needed <= content.keys():
-        raise ScfmError(f"{path}: lacks {sorted(needed - content.keys())}; remove it to read the folder as scGPT's")
+        raise ScfmError(f"{path}: lacks {sorted(needed - content.keys())}; remove it to read the folder without it")
     if digest(weights) != content["weights"]:
-        raise ScfmError(f"{weights}: is not what scfm exported; remove {RECORD} to read the folder as scGPT's alone")
+        raise changed(weights)
     vocabulary = Vocabulary([Gene(*names) for names in content["vocabulary"]])
     files = from_plain(content, vocabulary, str(path))
     files.card = content["card"]
     if (folder / "cells.hash").exists():
         files.cell_hashes = load_hashes(folder / "cells.hash")
-    return Record(files, content["native_of"], content["added"])
+    return Record(files, content["native_of"], content["added"], content["kept"])
+
+
+def changed(path: Path) -> ScfmError:
+    """Return the error of a file that is no longer what was exported with a record."""
+    return ScfmError(f"{path}: is not what scfm exported; remove {RECORD} to read the folder without it")

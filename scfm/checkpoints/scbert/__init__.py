@@ -1,0 +1,1 @@
+"""Converter between scBERT checkpoints and native models."""
