@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # verb -> (module:function, what it does); the function's signature and docstring are the verb's options and help
 VERBS = {
     "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
-    "prepare": ("scfm.data.prepare:prepare", "h5ad files or folders of them -> a shard directory"),
+    "prepare": ("scfm.data.prepare:prepare", "h5ad, 10x, loom, folders of them, or a Census -> a shard directory"),
     "check": ("scfm.checking:check_file", "raw counts? which genes match? exit code 1 where a file would not work"),
     "plan": ("scfm.plan:plan", "parameters, FLOPs, memory and hours of a recipe, before it is launched"),
     "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),

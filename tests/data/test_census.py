@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
@@ -148,6 +149,18 @@ def test_a_census_becomes_shards_that_name_the_data_set_of_each_cell(census: str
     source = read_manifest(tmp_path / "out")["sources"][0]
     assert source["provenance"]["obs_value_filter"] == source["fingerprint"]["obs_value_filter"] == LUNG
     assert sum(dataset["cells"] for dataset in source["provenance"]["datasets"].values()) == len(rows)
+
+
+def test_a_file_that_is_in_the_census_too_is_told(census: str, tmp_path: Path) -> None:
+    from anndata import AnnData
+    from census_soma import census_counts
+
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(40)])
+    file = AnnData(census_counts()[90:100], var=var, uns={"dataset_id": "ds-1"})
+    file.write_h5ad(tmp_path / "ds-1.h5ad")
+    prepare([census, tmp_path / "ds-1.h5ad"], tmp_path / "out", workers=1)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["same_dataset"] == [["soma", "ds-1.h5ad"]]
 
 
 # -- without the packages

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,11 +88,18 @@ def source_reports(building: Path, plan: Plan, surveyed: list[Surveyed], options
 
 
 def same_dataset(surveyed: list[Surveyed]) -> list[list[str]]:
-    """Return the sources that say that they are the same data set, by dataset id or by the version that they cite."""
+    """Return the sources that say that they hold the same data set, by dataset id or by the version that they cite."""
     labels: defaultdict[str, list[str]] = defaultdict(list)
     for source in surveyed:
-        cited = DATASET_VERSION.search(source.provenance.get("citation", ""))
-        name = source.provenance.get("dataset_id") or (cited[1] if cited else None)
-        if name:
+        for name in _datasets_in(source.provenance):
             labels[name].append(source.label)
-    return [files for files in labels.values() if len(files) > 1]
+    # two releases of the Census share a thousand data sets, and are one line
+    return [list(files) for files in dict.fromkeys(tuple(files) for files in labels.values()) if len(files) > 1]
+
+
+def _datasets_in(provenance: dict[str, Any]) -> list[str]:
+    """Return the names of the data sets of a source: a file is of one at most, a Census of many."""
+    of_census = provenance.get("datasets", {})
+    cited = [DATASET_VERSION.search(said.get("citation", "")) for said in (provenance, *of_census.values())]
+    names = [provenance.get("dataset_id"), *of_census, *(version[1] for version in cited if version)]
+    return list(dict.fromkeys(name for name in names if name))
