@@ -18,7 +18,7 @@ from scfm.data.cellxgene import full_length_assays
 from scfm.data.genes import with_names_of
 from scfm.data.inflating import read_span
 from scfm.data.organisms import canonical_organism, spoken
-from scfm.data.sources import NOT_PRIMARY, Source, fingerprint_of
+from scfm.data.sources import NOT_PRIMARY, Source, expect_readable, fingerprint_of
 from scfm.errors import ScfmError
 
 if TYPE_CHECKING:
@@ -44,10 +44,7 @@ class H5adSource(Source):
         self.wanted_organism = None if organism is None else canonical_organism(organism)
         if not path.is_file():
             raise ScfmError(f"{path}: there is no such file")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise ScfmError(f"{path}: may not be read ({error.strerror}); ask its owner, or copy it") from error
+        expect_readable(path)
         if not h5py.is_hdf5(path):
             raise ScfmError(f"{path}: not an h5ad file (it is not HDF5); write one with adata.write_h5ad(...)")
         with self._readable("the file"):

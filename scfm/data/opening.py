@@ -19,7 +19,7 @@ from typing import Literal
 from scfm.data.census import SCHEME, CensusSource, census_place
 from scfm.data.h5ad import H5adSource
 from scfm.data.matrix_files import MATRICES, loom_source, mtx_source, tenx_h5_source
-from scfm.data.sources import Source
+from scfm.data.sources import Source, expect_readable
 from scfm.errors import ScfmError
 
 Kind = Literal["h5ad", "10x h5", "10x mtx", "loom", "census", "folder"]
@@ -125,7 +125,10 @@ def _below(folder: Path) -> Iterator[Path]:
 def _kind_of_hdf5(path: Path) -> Kind | None:
     import h5py
 
-    if not path.is_file() or not h5py.is_hdf5(path):
+    if not path.is_file():
+        return None
+    expect_readable(path)
+    if not h5py.is_hdf5(path):
         return None
     try:
         with h5py.File(path, "r") as file:

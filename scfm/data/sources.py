@@ -203,6 +203,14 @@ class Source(ABC):
         )
 
 
+def expect_readable(path: Path) -> None:
+    """Raise ScfmError where a file may not be read."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ScfmError(f"{path}: may not be read ({error.strerror}); ask its owner, or copy it") from error
+
+
 def fingerprint_of(label: str, path: Path, parts: Sequence[Path] = ()) -> dict[str, Any]:
     """Return path, size and time of last change of a file, or of the parts of a folder together.
 
