@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import anndata
@@ -13,7 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from scfm.data.shards import open_shards
+from scfm.data.prepare import prepare
+from scfm.data.shards import open_shards, read_manifest
 from scfm.data.store import CellStore
 
 N_GENES = 150
@@ -90,3 +92,29 @@ def build_process(*arguments: object, **environment: str) -> subprocess.Popen[st
         text=True,
         env=os.environ | environment,
     )
+
+
+SIZES = (300, 200, 250)
+OPTIONS = ["--obs", "cell", "--cells-per-shard", "60", "--hold-out-by", "donor_id", "--hold-out-fraction", "0.1"]
+
+
+def prepared(sources: Path, out: Path, **options: object) -> None:
+    keys = {"obs": ["cell"], "cells_per_shard": 60, "hold_out_by": "donor_id", "hold_out_fraction": 0.1}
+    prepare([sources], out, **(keys | options))  # type: ignore[arg-type]
+
+
+def equal(out: Path, undisturbed: Path) -> bool:
+    """The same bytes, the same hash, and no trace of the work."""
+    left = [path for path in out.parent.iterdir() if path != out and path.name.startswith(".")]
+    hashes = [read_manifest(directory)["hash"] for directory in (out, undisturbed)]
+    return not left and hashes[0] == hashes[1] and same_directories(out, undisturbed)
+
+
+def finished(building: Path) -> dict[str, int]:
+    """Return the finished pieces of work, each with the time that it was finished at."""
+    places = [*building.glob("survey/*.json"), *building.glob("units/*.npz"), *building.glob("shard-*.json")]
+    times = {}
+    for path in places:
+        with suppress(FileNotFoundError):  # a build that is done tidies up
+            times[path.name] = path.stat().st_mtime_ns
+    return times

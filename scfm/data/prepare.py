@@ -133,7 +133,8 @@ def prepare(
         build = Build(out, building, options, labels_of(specs), crew, progress)
         try:
             if share is not None:
-                build.make_part(*share)
+                made = build.make_part(*share)
+                print(f"part {part}: {made:,} units made in {building}; when all parts are, give --merge")
                 return None
             report = build.make_all(merge=merge, restart=restart)
         except OSError as error:

@@ -88,8 +88,8 @@ class Build:
             remove(self.building)
         return read_report(self.out)
 
-    def make_part(self, part: int, parts: int) -> None:
-        """Make the units of one of several parts; who comes first makes the plan for all."""
+    def make_part(self, part: int, parts: int) -> int:
+        """Make the units of one of several parts, and return how many; who comes first makes the plan for all."""
         if _is_taken(self.out):
             raise _taken(self.out)
         with locked(self.building, f"part-{part}-of-{parts}.lock", f"making part {part} of {parts} of"):
@@ -97,7 +97,9 @@ class Build:
                 self._begin(restart=False)
                 with self._leaving_nothing_useless():
                     plan = self._plan()
-            self._make_units(plan, [unit for unit in self._missing_units(plan) if unit % parts == part - 1])
+            mine = [unit for unit in self._missing_units(plan) if unit % parts == part - 1]
+            self._make_units(plan, mine)
+        return len(mine)
 
     def _begin(self, *, restart: bool) -> None:
         """Refuse to go on with what was begun by other options or from other sources; make the folders.

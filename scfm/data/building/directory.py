@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,9 @@ def written(path: Path) -> Iterator[Path]:
 
     Raises Interrupted where the disk is full.
     """
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    # threads of one process (Dask has such) write the gene list that their sources share
+    mine = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f"{path.name}.{mine}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
