@@ -6,7 +6,6 @@ The module has another name than the verb, as `scfm.check` is the function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from scfm.check_report import CheckReport, Coverage, Group, print_report
 from scfm.data.expression import find_faults
 from scfm.data.gene_table import GeneTable
-from scfm.data.sources import AnnDataSource, H5adSource, Source
+from scfm.data.opening import open_source
+from scfm.data.sources import AnnDataSource, Source
 from scfm.data.store import ValueKind
 from scfm.data.vocabulary import GeneMatch, MatchedBy, Vocabulary
 from scfm.data.vocabulary_files import read_vocabulary
@@ -40,14 +40,14 @@ def check(
     """Say whether cells would work: raw counts, named genes, and genes that a model or a vocabulary knows.
 
     Args:
-        data: AnnData, or an h5ad file, which is read block by block.
+        data: AnnData, or a file of any kind that `scfm prepare` takes; h5ad is read block by block.
         model: a model, or its directory.
         vocabulary: vocabulary file, in place of a model's.
         genes: table of genes, or its files, the most trusted first, by which more names are matched.
         min_matched: least share of all counts that must fall on matched genes.
 
     Raises:
-        ScfmError: the file is no h5ad file, or a model, vocabulary or table cannot be read.
+        ScfmError: the file cannot be read, or a model, vocabulary or table cannot be read.
     """
     if model is not None and vocabulary is not None:
         raise ScfmError("check: give a model or a vocabulary, not both; a model brings its own vocabulary")
@@ -70,7 +70,7 @@ def check_file(
     """Print what a file holds; return whether it would work.
 
     Args:
-        file: h5ad file.
+        file: h5ad, 10x .h5 or loom file, or a folder with matrix.mtx.
         model: Model directory, whose genes the file is compared with; without it only counts and names are checked.
         vocabulary: Vocabulary file in place of a model: vocab.json (scGPT's too), or a text file with a gene per line.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
@@ -105,10 +105,10 @@ def _yardstick(model: PretrainedModel | str | Path | None, vocabulary: str | Pat
     return _Yardstick(files.vocabulary, name, files.value_kind)
 
 
-def _opened(data: AnnData | str | Path) -> H5adSource | nullcontext[AnnDataSource]:
+def _opened(data: AnnData | str | Path) -> Source:
     if isinstance(data, (str, Path)):
-        return H5adSource(Path(data), accept_normalised=True)
-    return nullcontext(AnnDataSource(data, accept_normalised=True))
+        return open_source(data, accept_normalised=True)
+    return AnnDataSource(data, accept_normalised=True)
 
 
 @dataclass

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # verb -> (module:function, what it does); the function's signature and docstring are the verb's options and help
 VERBS = {
     "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
-    "prepare": ("scfm.data.prepare:prepare", "h5ad files or folders of them -> a shard directory"),
+    "prepare": ("scfm.data.prepare:prepare", "h5ad, 10x, loom, folders of them, or a Census -> a shard directory"),
     "compress": ("scfm.data.transport:compress", "a shard directory -> a copy half the size, for object stores"),
     "verify": ("scfm.data.transport:verify", "compare every shard with the SHA-256 in its manifest"),
     "check": ("scfm.checking:check_file", "raw counts? which genes match? exit code 1 where a file would not work"),

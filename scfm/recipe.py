@@ -44,7 +44,7 @@ class DataConfig:
         mask_kept: Share of the unknown genes whose value the model sees although it has to predict it (scBERT: 0.1).
         cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
         mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
-        valid_fraction: Share of cells held out for validation.
+        valid_fraction: Share of cells held out for validation, where the shards do not say which cells are.
         gene_conditions: Per-gene conditions: {name: TSV file with the columns `gene` and `condition`}.
         threads: Threads that prepare batches ahead of the step.
         prefetch: Global batches prepared ahead.

@@ -44,6 +44,12 @@ def default_codec(value_kind: ValueKind) -> Codec:
     return "packed" if value_kind == "counts" else "list"
 
 
+def refuse_unfit(codec: Codec, value_kind: ValueKind) -> None:
+    """Raise ScfmError where a codec cannot hold values of a kind."""
+    if codec == "packed" and value_kind == "normalised":
+        raise ScfmError("--codec packed: it holds counts, and these cells have normalised values; use --codec list")
+
+
 @dataclass
 class ShardWriter:
     """Writes a shard directory: `write` once per shard, then `finish`; without `finish` there is no manifest.
@@ -65,8 +71,7 @@ class ShardWriter:
     _hashes: list[NDArray[np.uint64]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        if self.codec == "packed" and self.value_kind == "normalised":
-            raise ScfmError("--codec packed: it holds counts, and these cells have normalised values; use --codec list")
+        refuse_unfit(self.codec, self.value_kind)
         (self.directory / "shards").mkdir()
 
     def write(self, block: CellBlock, codes: Mapping[str, NDArray[np.integer]]) -> None:
@@ -76,54 +81,103 @@ class ShardWriter:
             block: the cells; genes ascending within a cell, no zeros; float32 values where the store is normalised.
             codes: (n,) codes of each obs column, -1 for missing.
         """
-        genes, values = narrowest(block.genes), narrowest(block.values)
-        narrow = CellBlock(block.offsets, genes, values)
-        columns = _packed_columns(narrow) if self.codec == "packed" else _list_columns(narrow)
-        for name, categories in self.obs.items():
-            columns[name] = pa.array(codes[name].astype(code_type(categories)))
-        batch = pa.record_batch(columns)
-
-        file = f"shards/{len(self._shards):05d}.arrow"
-        with pa.OSFile(str(self.directory / file), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
-            stream.write_batch(batch)
-        self._hashes.append(profile_hashes(block.offsets, genes, values, self.vocabulary.gene_keys))
-        self._shards.append(
-            {
-                "file": file,
-                "cells": block.n_cells,
-                "tokens": len(genes),
-                "bytes": (self.directory / file).stat().st_size,
-                "sha256": _sha256(self.directory / file),
-                "genes": str(genes.dtype),
-                "values": str(values.dtype),
-            }
-        )
+        path = self.directory / f"shards/{len(self._shards):05d}.arrow"
+        said = write_shard(path, block, codes, self.obs, self.codec)
+        self._shards.append({"file": f"shards/{path.name}", **said})
+        self._hashes.append(profile_hashes(block.offsets, block.genes, block.values, self.vocabulary.gene_keys))
 
     def finish(self, sources: Sequence[Mapping[str, Any]] = (), **how: Any) -> None:
         """Write vocab.json, cells.hash and last the manifest, which also keeps `sources` and `how` it was built."""
         self.vocabulary.save(self.directory / "vocab.json")
         save_hashes(self.directory / "cells.hash", np.concatenate([np.empty(0, np.uint64), *self._hashes]))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "scfm_version": __version__,
-            "vocabulary_hash": self.vocabulary.hash,
-            "value_kind": self.value_kind,
-            "codec": self.codec,
-            "cells": sum(shard["cells"] for shard in self._shards),
-            "tokens": sum(shard["tokens"] for shard in self._shards),
-            **how,
-            "obs": {name: list(categories) for name, categories in self.obs.items()},
-            "sources": list(sources),
-            "shards": self._shards,
-        }
-        written = self.directory / "manifest.json.tmp"
-        written.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(written, self.directory / "manifest.json")
+        written = (self.directory, self.vocabulary, self.value_kind, self.codec, self.obs, self._shards)
+        write_manifest(*written, sources, **how)
+
+
+def write_shard(
+    path: Path,
+    block: CellBlock,
+    codes: Mapping[str, NDArray[np.integer]],
+    obs: Mapping[str, Sequence[str]],
+    codec: Codec,
+) -> dict[str, Any]:
+    """Write one shard, and return what the manifest says of it besides its name.
+
+    Args:
+        path: the file to write.
+        block: the cells; genes ascending within a cell, no zeros; float32 values where the store is normalised.
+        codes: (n,) codes of each obs column, -1 for missing.
+        obs: category names of each obs column.
+        codec: how cells are encoded.
+
+    Raises ScfmError where the cells are more than one shard can hold.
+    """
+    genes, values = narrowest(block.genes), narrowest(block.values)
+    narrow = CellBlock(block.offsets, genes, values)
+    columns = _packed_columns(narrow) if codec == "packed" else _list_columns(narrow)
+    for name, categories in obs.items():
+        columns[name] = pa.array(codes[name].astype(code_type(categories)))
+    batch = pa.record_batch(columns)
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return {
+        "cells": block.n_cells,
+        "tokens": len(genes),
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+        "genes": str(genes.dtype),
+        "values": str(values.dtype),
+    }
 
 
 def code_type(categories: Sequence[str]) -> type[np.signedinteger]:
     """Return the integer type that obs codes of so many categories are stored in."""
     return np.int16 if len(categories) <= 2**15 else np.int32
+
+
+def write_manifest(
+    directory: Path,
+    vocabulary: Vocabulary,
+    value_kind: ValueKind,
+    codec: Codec,
+    obs: Mapping[str, Sequence[str]],
+    shards: Sequence[Mapping[str, Any]],
+    sources: Sequence[Mapping[str, Any]],
+    **how: Any,
+) -> None:
+    """Write the manifest, the last file of a shard directory: its shards, their sources, and `how` it was built."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "scfm_version": __version__,
+        "vocabulary_hash": vocabulary.hash,
+        "value_kind": value_kind,
+        "codec": codec,
+        "cells": sum(shard["cells"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        **how,
+        "obs": {name: list(categories) for name, categories in obs.items()},
+        "sources": list(sources),
+        "shards": list(shards),
+    }
+    written = directory / "manifest.json.tmp"
+    written.write_text(json.dumps({**manifest, "hash": manifest_hash(manifest)}, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(written, directory / "manifest.json")
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a build says of its cells: all of the manifest but where sources lay and shards went.
+
+    Two builds of the same cells with the same options have the same hash, and shards that are equal byte for byte.
+    """
+    held = {key: value for key, value in manifest.items() if key not in ("hash", "gene_tables", "scfm_version")}
+    held["sources"] = [
+        {key: value for key, value in source.items() if key != "fingerprint"} for source in manifest["sources"]
+    ]
+    held["shards"] = [
+        {key: value for key, value in shard.items() if key != "transport"} for shard in manifest["shards"]
+    ]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def _list_columns(block: CellBlock) -> dict[str, pa.Array]:

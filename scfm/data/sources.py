@@ -1,4 +1,4 @@
-"""Where cells come from: h5ad files, read in blocks of rows, and AnnData objects in memory, under the same rules.
+"""Where cells come from: what every kind of source has in common, and AnnData objects in memory.
 
 Raw counts stand where the CELLxGENE schema puts them: in `raw.X`, else in `X`. Every value is checked, not a sample.
 """
@@ -8,11 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -26,14 +25,13 @@ from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 
 if TYPE_CHECKING:
-    import h5py
     from anndata import AnnData
 
     from scfm.data.gene_table import GeneTable
 
 VALUES_PER_BLOCK = 2**22
 VALUES_PER_COLUMN_PASS = 2**24
-PROVENANCE = ("schema_version", "title", "citation", "dataset_id")
+NOT_PRIMARY = "not primary"
 LOG_NORMALISED_BELOW = 25  # log1p of counts per 10,000 ends at 9.2, log2 of counts per million at 20
 
 
@@ -49,6 +47,7 @@ class Source(ABC):
         obs_names: the obs columns there are.
         layers: names of other matrices, for advice.
         accept_normalised: whether values that are not counts may be used.
+        wanted_organism: the organism whose cells and genes are wanted, None for any.
     """
 
     label: str
@@ -59,6 +58,7 @@ class Source(ABC):
     obs_names: list[str]
     layers: list[str]
     accept_normalised: bool
+    wanted_organism: str | None = None
     values_per_block = VALUES_PER_BLOCK
 
     @abstractmethod
@@ -76,23 +76,20 @@ class Source(ABC):
     @cached_property
     def genes(self) -> tuple[list[str | None], list[str | None]]:
         """Ensembl id and symbol of each column, None where unknown."""
-        return genes_of(self.var)
+        organisms = self.organisms() if self.wanted_organism is None else [self.wanted_organism]
+        return genes_of(self.var, organisms[0] if len(organisms) == 1 else None)
+
+    def organisms(self) -> list[str]:
+        """Return the organisms its cells are of, by canonical name; none where the source does not say."""
+        return []
 
     def gene_list(self) -> list[Gene]:
         """Return the genes of the columns that have a name."""
-        return [Gene.of(*names) for names in zip(*self.genes, strict=True) if any(names)]
+        return named_genes(self.genes)
 
     def gene_of_column(self, vocabulary: Vocabulary, table: GeneTable | None = None) -> NDArray[np.int32]:
         """Return the vocabulary id of each column, -1 for unknown genes. Raises ScfmError where no gene is known."""
-        matched = vocabulary.match(*self.genes, table)
-        if not (matched >= 0).any():
-            seen = ", ".join(map(_spelled, self.gene_list()[:5])) or "no names at all"
-            expected = ", ".join(map(_spelled, vocabulary.entries[: min(5, vocabulary.n_genes)]))
-            raise ScfmError(
-                f"{self.label}: none of its {len(self.var):,} genes is in the vocabulary. Seen: {seen} ... "
-                f"Expected: {expected} ... Check the organism, and that var holds Ensembl ids or gene symbols"
-            )
-        return matched
+        return matched_genes(self.label, self.genes, vocabulary, table)
 
     @cached_property
     def value_kind(self) -> ValueKind:
@@ -101,34 +98,55 @@ class Source(ABC):
             return "normalised"
         return "counts"
 
-    def cells(self, gene_of_column: NDArray[np.int32], value_kind: ValueKind) -> Iterator[tuple[int, CellBlock]]:
-        """Yield (first row, cells by vocabulary id) block by block; every row is there, if only as an empty cell.
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells that the source is another than before: nothing for one that lives in memory."""
+        return {}
 
-        Raises ScfmError for values that cannot be used.
+    def provenance(self) -> dict[str, Any]:
+        """Return what the source says of its origin."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of files. Nothing is open where cells are in memory."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def cells(
+        self, gene_of_column: NDArray[np.int32], value_kind: ValueKind, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, CellBlock]]:
+        """Yield (first row, cells by vocabulary id) block by block, from row `first` to `last` - 1.
+
+        Every row is there, if only as an empty cell. Raises ScfmError for values that cannot be used.
         """
-        for first, block in self.blocks():
+        for start, block in self.blocks(first, last):
             try:
-                yield first, to_vocabulary(block, gene_of_column, value_kind)
+                yield start, to_vocabulary(block, gene_of_column, value_kind)
             except ScfmError as error:
                 raise ScfmError(f"{self.label}: {error}") from error
 
-    def blocks(self) -> Iterator[tuple[int, csr_matrix]]:
-        """Yield (first row, values of the rows), of about `values_per_block` values, checked.
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, csr_matrix]]:
+        """Yield (first row, values of the rows), of about `values_per_block` values, from row `first` to `last` - 1.
 
         Raises ScfmError for values that are not finite or negative, and, unless normalised values are accepted, for
         any that is not a whole number.
         """
         values_per_cell = max(1, self.n_values // max(1, self.n_cells))
         rows = max(1, self.values_per_block // values_per_cell)
-        spans = [(first, min(first + rows, self.n_cells)) for first in range(0, self.n_cells, rows)]
+        end = self.n_cells if last is None else last
+        spans = [(start, min(start + rows, end)) for start in range(first, end, rows)]
         # HDF5 inflates without holding the GIL, so the next block is read while this one is worked on.
         with ThreadPoolExecutor(max_workers=1) as reader:
             ahead = [reader.submit(self.read, *span) for span in spans[:1]]
-            for i, (first, _) in enumerate(spans):
+            for i, (start, _) in enumerate(spans):
                 block = ahead.pop().result()
                 ahead += [reader.submit(self.read, *span) for span in spans[i + 1 : i + 2]]
-                self._check(block, first)
-                yield first, block
+                self._check(block, start)
+                yield start, block
 
     def obs(self, name: str) -> ObsColumn | None:
         """Return an obs column as codes and categories, None where the source has none of that name.
@@ -150,6 +168,10 @@ class Source(ABC):
         if "is_primary_data" not in self.obs_names:
             return np.ones(self.n_cells, bool)
         return (self.read_obs("is_primary_data").astype(str).str.lower() != "false").to_numpy()
+
+    def unwanted(self) -> dict[str, NDArray[np.bool_]]:
+        """Return the cells (n_cells,) that a build leaves out unasked, by reason; a cell may have several."""
+        return {NOT_PRIMARY: ~self.primary()}
 
     def _check(self, block: csr_matrix, first: int) -> None:
         for fault, at in find_faults(block.data).items():
@@ -181,6 +203,59 @@ class Source(ABC):
         )
 
 
+def expect_readable(path: Path) -> None:
+    """Raise ScfmError where a file may not be read."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ScfmError(f"{path}: may not be read ({error.strerror}); ask its owner, or copy it") from error
+
+
+def fingerprint_of(label: str, path: Path, parts: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return path, size and time of last change of a file, or of the parts of a folder together.
+
+    Raises ScfmError where one is no longer there.
+    """
+    try:
+        now = [part.stat() for part in parts or [path]]
+    except OSError as error:
+        raise ScfmError(f"{label}: cannot be found any more ({error})") from error
+    size, changed = sum(file.st_size for file in now), max(file.st_mtime_ns for file in now)
+    return {"path": str(path.resolve()), "size": size, "mtime_ns": changed}
+
+
+def named_genes(genes: tuple[Sequence[str | None], Sequence[str | None]]) -> list[Gene]:
+    """Return the genes that have a name, from the Ensembl id and the symbol of each column."""
+    return [Gene.of(*names) for names in zip(*genes, strict=True) if any(names)]
+
+
+def matched_genes(
+    label: str,
+    genes: tuple[Sequence[str | None], Sequence[str | None]],
+    vocabulary: Vocabulary,
+    table: GeneTable | None,
+) -> NDArray[np.int32]:
+    """Return the vocabulary id of each column of a source, -1 for unknown genes.
+
+    Args:
+        label: what the message calls the source.
+        genes: Ensembl id and symbol of each column.
+        vocabulary: the genes to find.
+        table: names that mean the same gene.
+
+    Raises ScfmError where no gene is known.
+    """
+    matched = vocabulary.match(*genes, table)
+    if not (matched >= 0).any():
+        seen = ", ".join(map(_spelled, named_genes(genes)[:5])) or "no names at all"
+        expected = ", ".join(map(_spelled, vocabulary.entries[: min(5, vocabulary.n_genes)]))
+        raise ScfmError(
+            f"{label}: none of its {len(matched):,} genes is in the vocabulary. Seen: {seen} ... "
+            f"Expected: {expected} ... Check the organism, and that var holds Ensembl ids or gene symbols"
+        )
+    return matched
+
+
 def _spelled(gene: Gene) -> str:
     return f"{gene.ensembl} ({gene.symbol})" if gene.ensembl and gene.symbol else gene.id
 
@@ -210,155 +285,6 @@ class AnnDataSource(Source):
 
     def cell_name(self, row: int) -> str:
         return str(self._adata.obs_names[row])
-
-
-class H5adSource(Source):
-    """An h5ad file, of which only the rows asked for are in memory; close it, or use it in a `with` statement."""
-
-    def __init__(self, path: Path, accept_normalised: bool = False) -> None:
-        import h5py
-
-        self.label, self.accept_normalised = str(path), accept_normalised
-        if not path.is_file():
-            raise ScfmError(f"{path}: there is no such file")
-        if not h5py.is_hdf5(path):
-            raise ScfmError(f"{path}: not an h5ad file (it is not HDF5); write one with adata.write_h5ad(...)")
-        with self._readable("the file"):
-            self._file: h5py.File = h5py.File(path, "r")
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self) -> None:
-        import h5py
-        from anndata.io import read_elem
-
-        held = self._file.get("raw", self._file)
-        self.place = "X" if held is self._file else "raw.X"
-        missing = [name for name in ("obs", "var") if name not in self._file] + [self.place] * ("X" not in held)
-        if missing:
-            raise ScfmError(
-                f"{self.label}: HDF5, but not an h5ad file: it has no {', '.join(missing)} (a Cell Ranger file is "
-                "turned into one by scanpy.read_10x_h5(...).write_h5ad(...))"
-            )
-        self._matrix = held["X"]
-        if isinstance(self._file["obs"], h5py.Dataset):
-            raise ScfmError(
-                f"{self.label}: written by an anndata before 0.7; read it with anndata.read_h5ad and write it again"
-            )
-        with self._readable("obs and var"):
-            self.var = with_names_of(read_elem(held["var"]), read_elem(self._file["var"]))
-            obs = self._file["obs"]
-            # anndata 0.7 kept the names of categories apart; then a column cannot be read alone.
-            self._obs = read_elem(obs) if "__categories" in obs else None
-            self.obs_names = [str(name) for name in obs.attrs["column-order"]]
-            self._cell_names = obs[obs.attrs["_index"]]
-            self.n_cells = len(self._cell_names)
-        self.layers = list(self._file.get("layers", ()))
-        self._encoding = self._matrix.attrs.get("encoding-type", "array")
-        if self._encoding in ("csr_matrix", "csc_matrix"):
-            self._open_sparse()
-        elif self._encoding == "array":
-            self.n_values = self._matrix.size
-            self._expect_shape(self._matrix.shape)
-        else:
-            raise ScfmError(f"{self.label}: {self.place} is stored as {self._encoding!r}; CSR, CSC and dense are known")
-
-    def _open_sparse(self) -> None:
-        self._expect_shape(tuple(self._matrix.attrs["shape"]))
-        with self._readable(f"{self.place}/indptr"):
-            self._indptr = self._matrix["indptr"][:].astype(np.int64)
-        self.n_values = int(self._indptr[-1])
-        lengths = {self.n_values, len(self._matrix["data"]), len(self._matrix["indices"])}
-        majors = self.n_cells if self._encoding == "csr_matrix" else len(self.var)
-        if (
-            len(lengths) > 1
-            or self._indptr[0] != 0
-            or (np.diff(self._indptr) < 0).any()
-            or len(self._indptr) != majors + 1
-        ):
-            raise ScfmError(
-                f"{self.label}: {self.place} is damaged: its indptr does not fit its data; fetch the file again"
-            )
-        if self._encoding == "csc_matrix":
-            self.values_per_block = VALUES_PER_COLUMN_PASS
-
-    def _expect_shape(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != (self.n_cells, len(self.var)):
-            raise ScfmError(
-                f"{self.label}: {self.place} is {' x '.join(map(str, shape))}, but obs and var tell of "
-                f"{self.n_cells} cells and {len(self.var)} genes; the file is damaged"
-            )
-
-    def read(self, first: int, last: int) -> csr_matrix:
-        shape = (last - first, len(self.var))
-        with self._readable(f"{self.place}, cells {first} to {last - 1}"):
-            if self._encoding == "array":
-                return csr_matrix(self._matrix[first:last])
-            if self._encoding == "csc_matrix":
-                return self._read_columns(first, last)
-            start, stop = self._indptr[first], self._indptr[last]
-            values, columns = self._matrix["data"][start:stop], self._matrix["indices"][start:stop]
-        self._expect_below(columns, len(self.var))
-        return csr_matrix((values, columns, self._indptr[first : last + 1] - start), shape)
-
-    def _read_columns(self, first: int, last: int) -> csr_matrix:
-        """Collect the values of some rows from a matrix that is stored by column: one pass over the whole matrix."""
-        parts = []
-        for start in range(0, self.n_values, VALUES_PER_BLOCK):
-            stop = min(start + VALUES_PER_BLOCK, self.n_values)
-            rows = self._matrix["indices"][start:stop]
-            self._expect_below(rows, self.n_cells)
-            inside = np.flatnonzero((rows >= first) & (rows < last))
-            columns = np.searchsorted(self._indptr, start + inside, side="right") - 1
-            parts.append((self._matrix["data"][start:stop][inside], rows[inside] - first, columns))
-        if not parts:
-            return csr_matrix((last - first, len(self.var)), dtype=np.float32)
-        values, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return csr_matrix((values, (rows, columns)), (last - first, len(self.var)))
-
-    def _expect_below(self, indices: NDArray, size: int) -> None:
-        if len(indices) and not 0 <= indices.min() <= indices.max() < size:
-            raise ScfmError(
-                f"{self.label}: {self.place} is damaged: an index is not below {size}; fetch the file again"
-            )
-
-    def read_obs(self, name: str) -> pd.Series:
-        from anndata.io import read_elem
-
-        with self._readable(f"obs column {name!r}"):
-            return pd.Series(read_elem(self._file["obs"][name])) if self._obs is None else self._obs[name]
-
-    def provenance(self) -> dict[str, str]:
-        """Return what `uns` says about the origin, by the names of the CELLxGENE schema."""
-        from anndata.io import read_elem
-
-        uns = self._file.get("uns", {})
-        return {key: str(read_elem(uns[key])) for key in PROVENANCE if key in uns}
-
-    def cell_name(self, row: int) -> str:
-        name = self._cell_names[row]
-        return name.decode() if isinstance(name, bytes) else str(name)
-
-    @contextmanager
-    def _readable(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, KeyError) as error:
-            raise ScfmError(
-                f"{self.label}: {what} cannot be read; the file is truncated or damaged ({error}); fetch it again"
-            ) from error
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> H5adSource:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def store_from_anndata(

@@ -88,7 +88,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
 
 def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:
     """Fine-tune on the cells of a store, wherever it came from."""
-    from scfm.training.run import Job, fit, indices_of, token_config
+    from scfm.training.run import Job, fit, held_out_note, indices_of, token_config
     from scfm.training.rundir import open_run
 
     task = recipe.task or TaskConfig()
@@ -129,8 +129,10 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
     shared_heads = {head.task for head in new.heads if head in files.heads}
     for prefix in ("backbone.", *(f"heads.{task}." for task in shared_heads)):
         load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
-    train, valid = split_rows(rows, labels, recipe)
-    job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels})
+    held_out = origin.get("manifest", {}).get("held_out")
+    train, valid = split_rows(rows, labels, recipe, store.n_cells - held_out["cells"] if held_out else None)
+    notes = [held_out_note(held_out, len(valid))] if held_out else []
+    job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels}, notes)
     return fit(job, run)
 
 
@@ -166,9 +168,22 @@ def labels_of(store: CellStore, task: TaskConfig) -> tuple[NDArray[np.int64], li
 
 
 def split_rows(
-    rows: NDArray[np.int64], labels: NDArray[np.int64], recipe: Recipe
+    rows: NDArray[np.int64], labels: NDArray[np.int64], recipe: Recipe, first_held_out: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return training and validation rows, each label on both sides."""
+    """Return training and validation rows, each label on both sides.
+
+    Where groups were held out when the shards were built, validation has their cells, from row `first_held_out` on.
+    Raises ScfmError where a label then has no cell to train on.
+    """
+    if first_held_out is not None:
+        train, valid = rows[rows < first_held_out], rows[rows >= first_held_out]
+        unseen = set(labels[valid].tolist()) - set(labels[train].tolist())
+        if unseen:
+            raise ScfmError(
+                f"task.label: {len(unseen)} labels have only cells that were held out when the shards were built; "
+                "hold out other groups, or list these labels in task.unlabelled"
+            )
+        return train, valid
     if recipe.data.valid_fraction == 0:
         return rows, rows[:0]
     split = stratified_split(labels[rows], recipe.data.valid_fraction, recipe.seed)

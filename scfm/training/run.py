@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -90,19 +90,24 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
         raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
     shards = find_shards(recipe.data.shards, recipe.data.cache, recipe.data.cache_gb)
     manifest, store = shards.manifest, shards.open(recipe.data.skip_damaged)
-    job = pretraining_job(recipe, store, shuffled=manifest.get("shuffled", False))
+    held_out = manifest.get("held_out")
+    shuffled, n_held_out = manifest.get("shuffled", False), held_out["cells"] if held_out else 0
+    job = pretraining_job(recipe, store, shuffled=shuffled, held_out=n_held_out)
+    if held_out:
+        job.notes.append(held_out_note(held_out, len(job.valid_rows)))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
     job.files.cell_hashes = load_hashes(shards.index / "cells.hash")
     return fit(job, open_run(recipe, resume))
 
 
-def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
+def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_out: int = 0) -> Job:
     """Return a fresh model of a recipe, its objectives, and which cells of a store it trains on.
 
     Args:
         recipe: the run.
         store: the cells.
         shuffled: whether they stand in random order.
+        held_out: how many cells at the end were held out when the shards were built.
 
     Raises:
         ScfmError: the recipe starts from a model, or asks for what the cells do not carry.
@@ -130,7 +135,15 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool) -> Job:
     network = files.build()
     notes = [fill_gene_vectors(network, recipe, store.vocabulary)] if recipe.model.gene_table else []
     rows = store.without_lost(range(store.n_cells))
-    train_rows, valid_rows = hold_out(len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=shuffled)
+    held = len(store.without_lost(range(store.n_cells - held_out, store.n_cells)))
+    if held_out and store.lost and held in (0, len(rows)):
+        raise ScfmError(
+            f"data.skip_damaged: all cells to {'train on' if held else 'validate on (held out when built)'} are in "
+            f"damaged shards ({store.lost[0].why}); copy them again, or build the shards again"
+        )
+    train_rows, valid_rows = hold_out(
+        len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=shuffled, held_out=held
+    )
     if not isinstance(rows, range):
         train_rows, valid_rows = rows[np.asarray(train_rows)], rows[np.asarray(valid_rows)]
     return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, notes)
@@ -256,16 +269,28 @@ def token_config(recipe: Recipe) -> TokenConfig:
     )
 
 
-def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool) -> tuple[Rows, Rows]:
-    """Return training and validation rows, a fair sample of the cells on either side.
+def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool, held_out: int = 0) -> tuple[Rows, Rows]:
+    """Return training and validation rows.
 
-    Where the shards were shuffled when they were built, two ranges say it all; else the rows are drawn.
+    Where whole groups (donors, sources) were held out when the shards were built, these are the last `held_out` cells
+    and validation has just them, whatever the fraction. Else either side is a fair sample of the cells: two ranges
+    where the shards were shuffled, drawn rows where they were not.
     """
+    if held_out:
+        return range(n_cells - held_out), range(n_cells - held_out, n_cells)
     n_train = n_cells - round(n_cells * fraction)
     if shuffled:
         return range(n_train), range(n_train, n_cells)
     drawn = np.random.default_rng(seed).permutation(n_cells)
     return np.sort(drawn[:n_train]), np.sort(drawn[n_train:])
+
+
+def held_out_note(held_out: Mapping[str, Any], n_cells: int) -> str:
+    """Say where the validation cells, so many, come from, where a manifest says which groups were held out."""
+    return (
+        f"validation: {n_cells:,} cells of {len(held_out['groups']):,} groups of {held_out['by']} that "
+        "were held out when the shards were built; data.valid_fraction does not apply"
+    )
 
 
 def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:

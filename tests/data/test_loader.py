@@ -274,7 +274,8 @@ def test_waiting_is_measured(store: CellStore, monkeypatch: pytest.MonkeyPatch) 
 def test_real_cells_are_binned_like_numpy_does(shared: Path) -> None:
     import anndata
 
-    from scfm.data.sources import H5adSource, store_from_anndata
+    from scfm.data.h5ad import H5adSource
+    from scfm.data.sources import store_from_anndata
 
     path = shared / "data/pretrain/pbmc1k_v2_10x.h5ad"
     with H5adSource(path) as source:

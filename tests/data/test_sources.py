@@ -13,7 +13,8 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from scfm.data import sources
 from scfm.data.genes import genes_of, with_names_of
-from scfm.data.sources import AnnDataSource, H5adSource, store_from_anndata
+from scfm.data.h5ad import H5adSource
+from scfm.data.sources import AnnDataSource, store_from_anndata
 from scfm.data.store import CellStore
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
@@ -357,7 +358,17 @@ def test_the_cellxgene_example_is_read_from_raw_by_ensembl_id(shared: Path) -> N
         named = [name for name in expected.raw.var_names if not name.startswith("ERCC-")]
         assert [name for name in ensembl if name] == named
         assert source.primary().sum() == 319
-        assert source.provenance() == {"title": expected.uns["title"]}
+        organisms = ["NCBITaxon:9541", "NCBITaxon:9606", "NCBITaxon:10090"]
+        assert source.provenance() == {"title": expected.uns["title"], "organisms": organisms}
+        with pytest.raises(
+            ScfmError, match=r"several organisms \(.*Homo sapiens \(NCBITaxon:9606\): 318, .*--organism"
+        ):
+            source.unwanted()
+    with H5adSource(path, organism="Homo sapiens") as source:
+        assert {reason: cells.sum() for reason, cells in source.unwanted().items()} == {
+            "not primary": 1,
+            "other organism": 2,
+        }
 
 
 @pytest.mark.realdata

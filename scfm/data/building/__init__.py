@@ -1,0 +1,1 @@
+"""How a shard directory is built: survey, plan, units, duplicates, shards; each step can be stopped and taken up."""
