@@ -41,7 +41,8 @@ def full_length_assays(column: ObsColumn | None) -> dict[str, int]:
     """
     if column is None:
         return {}
-    cells = np.bincount(column.codes[column.codes >= 0], minlength=len(column.categories))
+    codes = np.asarray(column.codes)
+    cells = np.bincount(codes[codes >= 0], minlength=len(column.categories))
     return {
         f"{term} ({FULL_LENGTH_ASSAYS[term]})": int(n)
         for term, n in zip(column.categories, cells, strict=True)

@@ -212,7 +212,8 @@ class CensusSource(Source):
         column = self.obs("dataset_id")
         if column is None:
             return {}
-        cells = np.bincount(column.codes[column.codes >= 0], minlength=len(column.categories))
+        codes = np.asarray(column.codes)
+        cells = np.bincount(codes[codes >= 0], minlength=len(column.categories))
         found: dict[str, dict[str, Any]] = {
             name: {"cells": int(n)} for name, n in zip(column.categories, cells, strict=True)
         }

@@ -167,7 +167,7 @@ class H5adSource(Source):
         for name in ("organism_ontology_term_id", "organism"):
             column = self.obs(name)
             if column is not None:
-                return column.codes, [canonical_organism(label) for label in column.categories]
+                return np.asarray(column.codes), [canonical_organism(label) for label in column.categories]
         return None, []
 
     def organisms(self) -> list[str]:

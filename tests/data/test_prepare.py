@@ -100,7 +100,9 @@ def test_the_order_is_kept_on_demand(files: Path, tmp_path: Path) -> None:
 def test_the_codec_changes_how_cells_are_stored_and_nothing_else(files: Path, tmp_path: Path, codec: Codec) -> None:
     prepare([files], tmp_path / "default")
     prepare([files], tmp_path / "out", codec=codec)
-    assert [read_manifest(tmp_path / out)["codec"] for out in ("default", "out")] == ["packed", codec]
+    manifests = [read_manifest(tmp_path / out) for out in ("default", "out")]
+    assert [manifest["codec"] for manifest in manifests] == ["packed", codec]
+    assert (manifests[0]["hash"] == manifests[1]["hash"]) == (codec == "packed")
     stores = [open_shards(tmp_path / out) for out in ("default", "out")]
     np.testing.assert_array_equal(*(by_symbol(store) for store in stores))
     hashes = [(tmp_path / out / "cells.hash").read_bytes() for out in ("default", "out")]

@@ -21,7 +21,7 @@ from scfm.data.cache import ShardCache
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.remote import find_shards
-from scfm.data.shards import Codec, ShardWriter, open_shards, read_manifest
+from scfm.data.shards import Codec, ShardWriter, manifest_hash, open_shards, read_manifest
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.data.transport import compress
@@ -246,6 +246,8 @@ def test_compressed_shards_are_read_through_the_cache(tmp_path: Path, codec: Cod
     sizes = [sum(path.stat().st_size for path in (tmp_path / d / "shards").iterdir()) for d in ("sent", "plain")]
     assert sizes[0] < sizes[1]
     assert {path.suffix for path in (tmp_path / "sent/shards").iterdir()} == {".zst"}
+    manifests = [read_manifest(tmp_path / place) for place in ("plain", "sent")]
+    assert manifest_hash(manifests[1]) == manifests[1]["hash"] == manifests[0]["hash"]
     for location in (str(tmp_path / "sent"), f"file://{tmp_path / 'sent'}"):
         store = find_shards(location, str(tmp_path / "cache")).open()
         assert batches_of(store) == batches_of(open_shards(plain))

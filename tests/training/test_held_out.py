@@ -42,6 +42,44 @@ def test_validation_has_the_held_out_groups_and_training_none_of_them(
     assert "data.valid_fraction does not apply" in log
 
 
+@pytest.mark.parametrize("read", ["map", "read"])
+def test_damaged_shards_on_either_side_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    write_cells(tmp_path / "cells.h5ad", n=120)
+    shards, jobs = tmp_path / "shards", []
+    prepare([tmp_path / "cells.h5ad"], shards, hold_out_by="batch", hold_out=["batch1"], cells_per_shard=20)
+    for number in (1, 3):  # one of three to train on, the first of three that are held out
+        damage(shards, number)
+    fit = run_module.fit
+    monkeypatch.setattr(run_module, "fit", lambda job, run: jobs.append(job) or fit(job, run))
+    data = {"skip_damaged": True, "read": read}
+    pretrain(tiny_recipe(shards, tmp_path / "run", data=data, trainer={"max_steps": 2}))
+    assert list(jobs[0].train_rows) == [*range(20), *range(40, 60)]
+    assert list(jobs[0].valid_rows) == list(range(80, 120))
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "40 training and 40 validation cells" in log
+    assert log.count("20 cells are left out") == 2
+    assert "validation: 40 cells of 1 groups of batch" in log
+
+
+@pytest.mark.parametrize(
+    ("lost", "missing"), [([0, 1, 2], "train on"), ([3, 4, 5], r"validate on \(held out when built\)")]
+)
+def test_damage_that_leaves_one_side_empty_is_refused(tmp_path: Path, lost: list[int], missing: str) -> None:
+    write_cells(tmp_path / "cells.h5ad", n=120)
+    shards = tmp_path / "shards"
+    prepare([tmp_path / "cells.h5ad"], shards, hold_out_by="batch", hold_out=["batch1"], cells_per_shard=20)
+    for number in lost:
+        damage(shards, number)
+    complaint = rf"data\.skip_damaged: all cells to {missing} are in damaged shards \(.*0000{lost[0]}\.arrow"
+    with pytest.raises(ScfmError, match=complaint):
+        pretrain(tiny_recipe(shards, tmp_path / "run", data={"skip_damaged": True}))
+
+
+def damage(shards: Path, number: int) -> None:
+    path = shards / f"shards/{number:05d}.arrow"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
 def test_the_last_rows_are_the_held_out_ones() -> None:
     assert hold_out(100, 0.5, seed=0, shuffled=False, held_out=7) == (range(93), range(93, 100))
 

@@ -223,8 +223,12 @@ def test_normalised_values_have_no_counts_to_filter_by(tmp_path: Path) -> None:
     write_source(tmp_path / "a.h5ad", np.log1p(profiles(50, 0)))
     with pytest.raises(ScfmError, match="--min-counts: the values are normalised"):
         prepare([tmp_path / "a.h5ad"], tmp_path / "out", accept_normalised=True, min_counts=5)
+    with pytest.raises(ScfmError, match=r"--codec packed: it holds counts, .* use --codec list"):
+        prepare([tmp_path / "a.h5ad"], tmp_path / "out", accept_normalised=True, codec="packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
     report = prepare([tmp_path / "a.h5ad"], tmp_path / "out", accept_normalised=True, obs=["cell"])
     assert report.cells == 50
+    assert read_manifest(tmp_path / "out")["codec"] == "list"
     np.testing.assert_allclose(
         np.sort(dense(open_shards(tmp_path / "out")).sum(1)), np.sort(np.log1p(profiles(50, 0)).sum(1)), rtol=1e-5
     )

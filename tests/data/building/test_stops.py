@@ -72,6 +72,8 @@ def test_other_options_are_refused_by_name(stopped: Path, undisturbed: Path) -> 
     files = stopped.parent / "files"
     with pytest.raises(ScfmError, match=r"other options \(--seed: was 0, is 7; --min-genes: was 0, is 3\).*--restart"):
         prepared(files, stopped, seed=7, min_genes=3)
+    with pytest.raises(ScfmError, match=r"other options \(--codec: was not given, is list\)"):
+        prepared(files, stopped, codec="list")
     write_source(files / "d.h5ad", profiles(20, 9))
     with pytest.raises(ScfmError, match=r"\(sources: new .*d\.h5ad\)"):
         prepared(files, stopped)
