@@ -36,7 +36,7 @@ def write_source(path: Path, counts: NDArray, donors: int = 4, **uns: str) -> Pa
             "donor_id": pd.Categorical([f"{path.stem}-d{i * donors // n}" for i in range(n)]),
             "tissue": pd.Categorical(["lung" if i % 10 else "liver" for i in range(n)]),
             "assay": pd.Categorical([ASSAYS[i % 3] for i in range(n)]),
-            "cell": pd.Categorical([f"{path.stem}:{i}" for i in range(n)]),
+            "cell_name": pd.Categorical([f"{path.stem}:{i}" for i in range(n)]),
         },
         index=[f"{path.stem}:{i}" for i in range(n)],
     )
@@ -60,10 +60,10 @@ def dense(store: CellStore) -> NDArray[np.float64]:
     return np.concatenate([part.toarray() for part in parts])[:, columns].astype(np.float64)
 
 
-def names(store: CellStore, column: str = "cell") -> list[str]:
+def names(store: CellStore, column: str = "cell_name") -> list[str]:
     """Return the category of every cell in an obs column, "" for none."""
     held = store.obs[column]
-    return [held.categories[code] if code >= 0 else "" for code in held.codes.tolist()]
+    return [held.categories[code] if code >= 0 else "" for code in np.asarray(held.codes).tolist()]
 
 
 def same_directories(one: Path, other: Path) -> bool:
@@ -74,7 +74,7 @@ def same_directories(one: Path, other: Path) -> bool:
 
 
 def unchanged(out: Path, *sources: tuple[str, NDArray]) -> bool:
-    """Say whether a directory built with obs column `cell` holds each cell of the sources once, with its own counts."""
+    """Say whether a directory built with obs column `cell_name` holds each cell of the sources once, with its own counts."""
     store = open_shards(out)
     expected = {f"{stem}:{i}": row for stem, counts in sources for i, row in enumerate(counts)}
     found = names(store)
@@ -95,11 +95,11 @@ def build_process(*arguments: object, **environment: str) -> subprocess.Popen[st
 
 
 SIZES = (300, 200, 250)
-OPTIONS = ["--obs", "cell", "--cells-per-shard", "60", "--hold-out-by", "donor_id", "--hold-out-fraction", "0.1"]
+OPTIONS = ["--obs", "cell_name", "--cells-per-shard", "60", "--hold-out-by", "donor_id", "--hold-out-fraction", "0.1"]
 
 
 def prepared(sources: Path, out: Path, **options: object) -> None:
-    keys = {"obs": ["cell"], "cells_per_shard": 60, "hold_out_by": "donor_id", "hold_out_fraction": 0.1}
+    keys = {"obs": ["cell_name"], "cells_per_shard": 60, "hold_out_by": "donor_id", "hold_out_fraction": 0.1}
     prepare([sources], out, **(keys | options))  # type: ignore[arg-type]
 
 

@@ -179,7 +179,7 @@ def test_a_build_takes_all_kinds_at_once_and_check_takes_each(tmp_path: Path) ->
     assert report is not None
     assert [source.file for source in report.sources] == ["a.h5ad", "b.h5", "c"]
     store = open_shards(tmp_path / "out")
-    totals = np.concatenate([np.add.reduceat(b.values.astype(np.int64), b.offsets[:-1]) for b in store.blocks])
+    totals = np.concatenate([np.add.reduceat(b.values.astype(np.int64), b.offsets[:-1]) for b in store.in_turn()])
     np.testing.assert_array_equal(totals, np.tile(COUNTS.sum(1), 3))
     assert all(scfm.check(source, vocabulary=tmp_path / "out/vocab.json").ok for source in sources)
 

@@ -43,7 +43,7 @@ def accounted_for(out: Path) -> None:
 
 
 def test_all_cells_of_many_units_come_back_shuffled(sources: Path, tmp_path: Path) -> None:
-    prepare([sources], tmp_path / "out", obs=["cell"], cells_per_shard=100)
+    prepare([sources], tmp_path / "out", obs=["cell_name"], cells_per_shard=100)
     accounted_for(tmp_path / "out")
     assert unchanged(tmp_path / "out", *(("abc"[i], profiles(n, i)) for i, n in enumerate((300, 200, 250))))
     store = open_shards(tmp_path / "out")
@@ -87,14 +87,14 @@ def test_cells_with_few_genes_or_counts_are_left_out(tmp_path: Path) -> None:
     counts[20:30] = 0
     counts[20:30, :60] = 1
     write_source(tmp_path / "a.h5ad", counts)
-    report = prepare([tmp_path / "a.h5ad"], tmp_path / "out", obs=["cell"], min_genes=30, min_counts=70)
+    report = prepare([tmp_path / "a.h5ad"], tmp_path / "out", obs=["cell_name"], min_genes=30, min_counts=70)
     assert report.sources[0].dropped == {NOT_PRIMARY: 0, ALL_ZERO: 10, FEW_GENES: 10, FEW_COUNTS: 10}
     assert sorted(names(open_shards(tmp_path / "out"))) == sorted(f"a:{i}" for i in range(30, 60))
     accounted_for(tmp_path / "out")
 
 
 def test_sources_are_capped_by_a_draw(sources: Path, tmp_path: Path) -> None:
-    report = prepare([sources], tmp_path / "out", obs=["cell"], max_cells_per_source=220)
+    report = prepare([sources], tmp_path / "out", obs=["cell_name"], max_cells_per_source=220)
     assert [source.kept for source in report.sources] == [220, 200, 220]
     assert report.sources[0].dropped[OVER_CAP] == 80
     taken = [int(name[2:]) for name in names(open_shards(tmp_path / "out")) if name.startswith("a")]
@@ -135,7 +135,7 @@ def with_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_of_equal_profiles_stays(
     with_copies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = prepare([with_copies], tmp_path / "out", obs=["cell"], cells_per_shard=40)
+    report = prepare([with_copies], tmp_path / "out", obs=["cell_name"], cells_per_shard=40)
     assert report.sources[0].dropped == {NOT_PRIMARY: 0, ALL_ZERO: 0}
     assert report.sources[1].dropped[COPY] == 50
     assert report.sources[1].copies == {"a.h5ad": 40, "b.h5ad": 10}
@@ -187,7 +187,9 @@ def test_groups_are_held_out_by_name(sources: Path, tmp_path: Path) -> None:
         "groups": ["a-d0", "b-d3"],
         "cells": 125,
     }
-    prepare([sources], tmp_path / "source", hold_out_by="source", hold_out=["b.h5ad"], keep_order=True, obs=["cell"])
+    prepare(
+        [sources], tmp_path / "source", hold_out_by="source", hold_out=["b.h5ad"], keep_order=True, obs=["cell_name"]
+    )
     assert read_manifest(tmp_path / "source")["held_out"]["cells"] == 200
     cells = names(open_shards(tmp_path / "source"))
     assert cells == [f"{source}:{i}" for source, n in (("a", 300), ("c", 250), ("b", 200)) for i in range(n)]
@@ -226,7 +228,7 @@ def test_normalised_values_have_no_counts_to_filter_by(tmp_path: Path) -> None:
     with pytest.raises(ScfmError, match=r"--codec packed: it holds counts, .* use --codec list"):
         prepare([tmp_path / "a.h5ad"], tmp_path / "out", accept_normalised=True, codec="packed")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
-    report = prepare([tmp_path / "a.h5ad"], tmp_path / "out", accept_normalised=True, obs=["cell"])
+    report = prepare([tmp_path / "a.h5ad"], tmp_path / "out", accept_normalised=True, obs=["cell_name"])
     assert report.cells == 50
     assert read_manifest(tmp_path / "out")["codec"] == "list"
     np.testing.assert_allclose(
