@@ -74,7 +74,7 @@ def same_directories(one: Path, other: Path) -> bool:
 
 
 def unchanged(out: Path, *sources: tuple[str, NDArray]) -> bool:
-    """Say whether a directory built with obs column `cell_name` holds each cell of the sources once, with its own counts."""
+    """Say whether a directory with obs column `cell_name` holds each cell of the sources once, with its own counts."""
     store = open_shards(out)
     expected = {f"{stem}:{i}": row for stem, counts in sources for i, row in enumerate(counts)}
     found = names(store)
