@@ -57,7 +57,7 @@ def test_two_sources_to_predicted_labels(tmp_path: Path) -> None:
 
     scfm(
         "finetune", "--config", "recipes/finetune/annotation.yaml", "--from", pretrained / "model",
-        "--data.shards", shards, "--out", tuned, *PROCESSES, "--trainer.max_epochs", 12, "--optimizer.lr", 0.01,
+        "--data.shards", shards, "--out", tuned, *PROCESSES, "--trainer.max_epochs", 24, "--optimizer.lr", 0.01,
     )  # fmt: skip
     assert len(load_hashes(tuned / "model" / "cells.hash")) == 2 * 180
 

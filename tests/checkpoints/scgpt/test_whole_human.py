@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-# Converts what argv[1:] says and prints the CPU seconds and the peak memory in MB of the whole process
+# Converts what argv[1:] says and prints the CPU seconds and the peak memory in MB of the whole process (ru_maxrss of a
+# child begins with that of its parent)
 CONVERT = """
 import resource, sys
+from pathlib import Path
 from scfm.cli import main
 failed = main(["convert", *sys.argv[1:]])
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+(peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(used.ru_utime + used.ru_stime, int(peak) / 1024)
 sys.exit(failed)
 """
 
