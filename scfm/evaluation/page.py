@@ -86,12 +86,12 @@ def render(
     return document(title, body)
 
 
-def document(title: str, body: str) -> str:
-    """Return a whole page in the style of reports."""
+def document(title: str, body: str, style: str = "") -> str:
+    """Return a whole page in the style of reports, to which a page may add its own."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
+        f"<style>{STYLE}{style}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from scfm.data.store import CellStore
 from scfm.data.vocabulary import Vocabulary
-from scfm.inspecting.histogram import FIRST_WHOLE, N_WHOLE, middles
 from scfm.inspecting.measuring import Measured
 from scfm.inspecting.tables import (
+    WHOLE,
     Table,
     gene_table,
     group_table,
@@ -76,7 +76,7 @@ class Contents:
         said = [f"A cell expresses {median:,.0f} genes in the median; nine in ten between {low:,.0f} and {high:,.0f}."]
         of = " of the sample" if measured.run else ""
         if self.manifest["value_kind"] == "counts":
-            low, median, high = percentiles(measured.totals, middles(FIRST_WHOLE, N_WHOLE, whole=True))
+            low, median, high = percentiles(measured.totals, WHOLE)
             said.append(
                 f"A cell{of} has {rounded(median)} counts in the median; nine in ten between {rounded(low)} and "
                 f"{rounded(high)}."
@@ -112,7 +112,7 @@ class Contents:
         return (
             f"{sizes} Values, counts per cell and genes are of {measured.sampled:,} cells "
             f"({share(measured.sampled, measured.cells)}): one run of up to {measured.run} neighbouring cells from a "
-            "place that is drawn in each of equal stretches of the corpus; the same cells each time. --sample 0 reads all."
+            "place drawn in each of equal stretches of the corpus; the same cells each time. --sample 0 reads all."
         )
 
     def cautions(self) -> list[str]:
@@ -173,8 +173,8 @@ class Contents:
         shared = len(self.vocabulary.ambiguous_symbols)
         with_id = sum(gene.ensembl is not None for gene in self.vocabulary.entries[:n_genes])
         return (
-            f"{n_genes:,} in the vocabulary, {with_id:,} with an Ensembl id; {never:,} never expressed in {of}, {rare:,} "
-            f"in fewer than one cell in a thousand; {shared:,} symbols name several genes."
+            f"{n_genes:,} in the vocabulary, {with_id:,} with an Ensembl id; {never:,} never expressed in {of}, "
+            f"{rare:,} in fewer than one cell in a thousand; {shared:,} symbols name several genes."
         )
 
     def _copies(self) -> str:
@@ -243,8 +243,8 @@ class Contents:
             f"{min(cells):,} to {max(cells):,}" if cells and min(cells) < max(cells) else f"{max(cells, default=0):,}"
         )
         return (
-            f"{self.manifest['codec']}; {len(shards):,} {'shard' if len(shards) == 1 else 'shards'} of {span} cells; gene "
-            f"ids {'/'.join(kinds['genes'])}, values {'/'.join(kinds['values'])}"
+            f"{self.manifest['codec']}; {len(shards):,} {'shard' if len(shards) == 1 else 'shards'} of {span} cells; "
+            f"gene ids {'/'.join(kinds['genes'])}, values {'/'.join(kinds['values'])}"
         )
 
 

@@ -247,7 +247,7 @@ def _count_values(
     largest: NDArray[np.float64],
 ) -> None:
     number = np.empty(1, np.float32)
-    bits = number.view(np.uint32)
+    bits = number.view(np.int32)
     for i in range(len(places)):
         total = 0.0
         for at in range(offsets[places[i]], offsets[places[i] + 1]):
@@ -255,7 +255,7 @@ def _count_values(
             gene_cells[genes[at]] += 1
             gene_sums[genes[at]] += value
             number[0] = value
-            histogram[min(int(bits[0]) >> CUT, N_BINS - 1)] += 1
+            histogram[min(bits[0] >> CUT, N_BINS - 1)] += 1
             total += value
             largest[0] = max(largest[0], value)
         totals[i] = total

@@ -24,6 +24,12 @@ from scfm.inspecting.tables import (
 OPEN_ROWS = 15  # the others unfold
 MOST_ROWS = 1000
 PANELS = 2
+STYLE = """
+.scroll { margin-top: 24px; }
+th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 130px; }
+td.text { white-space: normal; overflow-wrap: anywhere; max-width: 320px; }
+details { font-size: 13.5px; } summary { color: var(--faint); padding: 6px 0; cursor: pointer; }
+"""
 
 
 def render(contents: Contents) -> str:
@@ -46,13 +52,12 @@ def render(contents: Contents) -> str:
     ]
     boxed = [group for group in (source, *groups) if group and group.genes is not None and _used(group) > 1][:PANELS]
     parts = ["<h2>Sources</h2>", drawn(source_table(manifest, measured))]
-    if source and paired and _used(source) > 1:
-        names = " and ".join(group.name for group in paired)
+    for group in paired:
         parts.append(
-            shown(plots.composition(source, paired, measured), f"Cells of each source, by {names}", "All cells.")
+            shown(plots.composition(source, group, measured), f"Cells of sources by {group.name}", "All cells.")
         )
     parts += ["<h2>Cells</h2>", *(drawn(group_table(group, measured)) for group in groups)]
-    caption = "Lines: median (solid), 5 and 95% (dotted). Genes: all cells."
+    caption = "Lines: median (solid), 5 and 95% (dotted); one cell in a thousand lies beyond. Genes: all cells."
     caption += f" Counts:{of_sample.lower()}" if kind == "counts" else ""
     parts.append(shown(plots.per_cell(measured, kind), "What a cell holds", caption))
     if boxed:
@@ -89,6 +94,7 @@ def render(contents: Contents) -> str:
         title,
         f'<h1>{escape(title)}</h1><p class="byline">{escape(contents.headline())}</p>\n'
         f'<div class="verdict">{said}</div>\n{notes}{sample}\n' + "\n".join(parts),
+        STYLE,
     )
 
 

@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 
 from scfm.data.store import ValueKind
 from scfm.evaluation.plots import FAINT, HUES, new_figure
-from scfm.inspecting.histogram import FIRST_WHOLE, N_WHOLE, coarse, lower_edges, middles, quantiles
+from scfm.inspecting.histogram import coarse, lower_edges, middles, quantiles
 from scfm.inspecting.measuring import Groups, Measured
-from scfm.inspecting.tables import WHOLE, count_sizes, percentiles
+from scfm.inspecting.tables import WHOLE, count_sizes, percentiles, rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DARK, LIGHT, STRONG = "#0f4c75", "#a8c5dd", "#c2410c"
+REST, NONE = "#b9bec7", "#e6e8ec"
 MOST_ROWS = 20
 MOST_HUES = 8
 
@@ -25,18 +26,21 @@ def per_cell(measured: Measured, value_kind: ValueKind) -> bytes:
     """Draw how many genes a cell expresses and, for counts, how many counts it has, both on logarithmic axes."""
     shown = [(measured.genes_per_cell, np.arange(len(measured.genes_per_cell)) * 1.0, "expressed genes per cell")]
     if value_kind == "counts":
-        shown.append((measured.totals, middles(FIRST_WHOLE, N_WHOLE, whole=True), "counts per cell"))
+        shown.append((measured.totals, WHOLE, "counts per cell"))
     with new_figure(7.2, 2.8, len(shown)) as (_, axes, drawn):
         for axis, (counts, values, what) in zip(axes, shown, strict=True):
             positive = np.where(values > 0, counts, 0)
             _histogram(axis, *coarse(positive, values))
             low, median, high = percentiles(counts, values)
+            ends = quantiles(counts, values, [0.0005, 0.9995])
             for at, style in ((low, ":"), (median, "-"), (high, ":")):
                 axis.axvline(max(at, 1), color=STRONG, lw=1.1, ls=style)
             axis.set_xscale("log")
+            axis.set_xlim(max(ends[0], 1) / 1.2, max(ends[1], 1) * 1.2)
             _plain_log_ticks(axis)
             axis.set_xlabel(what)
-            axis.set_title(f"median {median:,.0f}", fontweight="normal", color=STRONG)
+            said = rounded(median) if values is WHOLE else f"{median:,.0f}"
+            axis.set_title(f"median {said}", fontweight="normal", color=STRONG)
         axes[0].set_ylabel("share of cells per doubling")
     return drawn.getvalue()
 
@@ -71,7 +75,7 @@ def _short(number: int) -> str:
 
 def values(measured: Measured, value_kind: ValueKind) -> bytes:
     """Draw how large counts are, by number and by what they add up to; or the histogram of normalised values."""
-    with new_figure(7.2, 2.6) as (_, (axis,), drawn):
+    with new_figure(7.2, 2.7) as (figure, (axis,), drawn):
         if value_kind == "normalised":
             top = float(quantiles(measured.values, middles(), [0.999])[0])
             edges = np.linspace(0, top, 61)
@@ -96,7 +100,7 @@ def values(measured: Measured, value_kind: ValueKind) -> bytes:
             axis.set_xticks(x, [label.replace(" to ", "\N{EN DASH}").replace(" or more", "+") for label, _, _ in sizes])
             axis.set_xlabel("count of a gene in a cell")
             axis.set_ylabel("share")
-            axis.legend(loc="upper right")
+            figure.legend(loc="outside upper right", ncols=2)
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.grid(axis="y")
     return drawn.getvalue()
@@ -152,35 +156,31 @@ def lengths_by_group(groups: list[Groups], measured: Measured) -> bytes:
     return drawn.getvalue()
 
 
-def composition(sources: Groups, groups: list[Groups], measured: Measured) -> bytes:
-    """Draw the cells of each source, the colours being the categories of a column: a panel for each column."""
+def composition(sources: Groups, group: Groups, measured: Measured) -> bytes:
+    """Draw the cells of each source, the colours being the categories of a column."""
     kept = _largest(sources)
-    names = [_cut(sources.categories[k], 32) for k in kept]
-    with new_figure(7.2, 1.3 + 0.2 * len(kept) + 0.16 * (MOST_HUES + 1), len(groups), sharey=True) as (_, axes, drawn):
-        for axis, group in zip(axes, groups, strict=True):
-            table = measured.pairs[group.name][kept]
-            order = np.argsort(-measured.pairs[group.name].sum(0), kind="stable")
-            order = order[measured.pairs[group.name].sum(0)[order] > 0]
-            left = np.zeros(len(kept))
-            coloured = order[:MOST_HUES] if len(order) > MOST_HUES + 1 else order
-            parts = [(_cut(group.categories[k], 38), table[:, k], HUES[i]) for i, k in enumerate(coloured.tolist())]
-            if len(order) > len(coloured):
-                rest = order[len(coloured) :]
-                parts.append((f"{len(rest):,} others", table[:, rest].sum(1), "#b9bec7"))
-            missing = sources.cells[kept] - table.sum(1)
-            if missing.any():
-                parts.append(("no value", missing, "#e6e8ec"))
-            for label, cells, colour in parts:
-                axis.barh(np.arange(len(kept)), cells, left=left, height=0.72, color=colour, label=label, lw=0)
-                left += cells
-            axis.xaxis.set_major_formatter(lambda cells, _: _short(int(cells)))
-            axis.set_title(group.name)
-            axis.set_xlabel("cells")
-            axis.grid(axis="x")
-            axis.spines["left"].set_visible(False)
-            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.62 / (0.2 * len(kept) + 0.3)), fontsize=7, borderpad=0)
-        axes[0].set_yticks(range(len(kept)), names, fontsize=7.5)
-        axes[0].set_ylim(len(kept) - 0.4, -0.6)
+    table = measured.pairs[group.name]
+    order = np.argsort(-table.sum(0), kind="stable")
+    order = order[table.sum(0)[order] > 0]
+    coloured = order[:MOST_HUES] if len(order) > MOST_HUES + 1 else order
+    parts = [(_cut(group.categories[k], 40), table[kept, k], HUES[i]) for i, k in enumerate(coloured.tolist())]
+    if len(order) > len(coloured):
+        parts.append((f"{len(order) - len(coloured):,} others", table[kept][:, order[len(coloured) :]].sum(1), REST))
+    if (missing := sources.cells[kept] - table[kept].sum(1)).any():
+        parts.append(("no value", missing, NONE))
+    with new_figure(7.2, max(0.8 + 0.19 * len(kept), 0.5 + 0.17 * len(parts))) as (figure, (axis,), drawn):
+        left = np.zeros(len(kept))
+        for label, cells, colour in parts:
+            axis.barh(np.arange(len(kept)), cells, left=left, height=0.72, color=colour, label=label, lw=0)
+            left += cells
+        axis.xaxis.set_major_formatter(lambda cells, _: _short(int(cells)))
+        axis.set_title(_title("source", kept, sources))
+        axis.set_xlabel("cells")
+        axis.grid(axis="x")
+        axis.spines["left"].set_visible(False)
+        axis.set_yticks(range(len(kept)), [_cut(sources.categories[k], 36) for k in kept], fontsize=7.5)
+        axis.set_ylim(len(kept) - 0.4, -0.6)
+        figure.legend(loc="outside right upper", fontsize=7.5, title=group.name, alignment="left")
     return drawn.getvalue()
 
 

@@ -101,7 +101,7 @@ def length_table(measured: Measured) -> Table:
         rows.append([f"{limit:,}", f"{longer:,}", share(longer, measured.cells), share(kept, tokens)])
     return Table(
         "What a limit on the length of a cell leaves",
-        "`data.max_genes` in a recipe; of a longer cell so many expressed genes are drawn. All cells.",
+        "data.max_genes in a recipe; of a longer cell so many expressed genes are drawn. All cells.",
         ["max_genes", "longer cells", "share", "values kept"],
         rows,
     )
