@@ -169,11 +169,11 @@ class Contents:
         measured, n_genes = self.measured, self.vocabulary.n_genes
         cells = measured.gene_cells
         never, rare = int((cells == 0).sum()), int(((cells > 0) & (cells < 0.001 * measured.sampled)).sum())
-        of = "the sample" if measured.run else "all cells"
+        of = " in the sample" if measured.run else ""
         shared = len(self.vocabulary.ambiguous_symbols)
         with_id = sum(gene.ensembl is not None for gene in self.vocabulary.entries[:n_genes])
         return (
-            f"{n_genes:,} in the vocabulary, {with_id:,} with an Ensembl id; {never:,} never expressed in {of}, "
+            f"{n_genes:,} in the vocabulary, {with_id:,} with an Ensembl id; {never:,} never expressed{of}, "
             f"{rare:,} in fewer than one cell in a thousand; {shared:,} symbols name several genes."
         )
 
@@ -185,7 +185,11 @@ class Contents:
             for file, first, copies in sorted(found, key=lambda pair: -pair[2])
         ]
         done = {"drop": "left out", "keep": "kept"}.get(self.manifest.get("duplicates", ""), "found")
-        said = f"{n:,} cells with the profile of an earlier cell were {done}" if n else "The build found none"
+        said = (
+            f"{n:,} cells with the profile of an earlier cell were {done}"
+            if n
+            else "The build found none (the same counts in the same genes)"
+        )
         said += f" ({_listed(pairs, 5)})." if n else "."
         equal = self.measured.equal_profiles
         if equal:

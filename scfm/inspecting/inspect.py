@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scfm.data.building.directory import building_directory
@@ -27,6 +29,22 @@ def inspect(shards: str | Path, *, out: str | Path | None = None, sample: int = 
 
     Raises ScfmError where this is no shard directory, a shard is missing or damaged, or the page has no place.
     """
+    began = time.perf_counter()
+    if sample < 0:
+        raise ScfmError(f"sample: {sample} must be 0 (all cells) or more")
+    refuse_others(str(shards))
+    page = page_path(Path(shards), out)
+    contents = look_into(Path(shards), sample)
+    print_contents(contents)
+    with replaced(page) as file:
+        file.write_text(render(contents), encoding="utf-8")
+    seconds = time.perf_counter() - began
+    print(f"page with figures: {page} ({contents.seconds:,.1f} s to read the shards, {seconds:,.1f} s in all)")
+    return contents
+
+
+def look_into(directory: Path, sample: int) -> Contents:
+    """Open a shard directory and measure it, with a progress bar."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -38,34 +56,27 @@ def inspect(shards: str | Path, *, out: str | Path | None = None, sample: int = 
     )
 
     began = time.perf_counter()
-    directory = Path(shards)
-    if sample < 0:
-        raise ScfmError(f"sample: {sample} must be 0 (all cells) or more")
-    refuse_others(str(shards))
-    page = page_path(directory, out)
     manifest, store = read_manifest(directory), open_shards(directory)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        steps = store.n_cells + n_sampled(store, sample)
-        task = progress.add_task("reading cells", total=steps)
+    parts = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*parts, *clocks, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading cells", total=store.n_cells + n_sampled(store, sample))
         measured = measure(store, manifest, directory / "cells.hash", sample, lambda n: progress.advance(task, n))
     seconds = time.perf_counter() - began
-    contents = Contents(directory, manifest, store.vocabulary, measured, sizes_of(directory, store), seconds)
-    print_contents(contents)
-    written = page.with_name(f"{page.name}.tmp")
+    return Contents(directory, manifest, store.vocabulary, measured, sizes_of(directory, store), seconds)
+
+
+@contextmanager
+def replaced(page: Path) -> Iterator[Path]:
+    """Give a file to write, which takes the name of the page when it is whole. Raises ScfmError where it cannot."""
+    file = page.with_name(f"{page.name}.tmp")
     try:
-        written.write_text(render(contents), encoding="utf-8")
-        os.replace(written, page)
+        yield file
+        os.replace(file, page)
     except OSError as error:
         raise ScfmError(f"{page}: the page cannot be written ({error.strerror}); give another --out") from error
-    print(f"page with figures: {page} ({seconds:,.1f} s to read, {time.perf_counter() - began:,.1f} s in all)")
-    return contents
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def page_path(directory: Path, out: str | Path | None) -> Path:

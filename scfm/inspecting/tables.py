@@ -59,7 +59,7 @@ def source_table(manifest: dict[str, Any], measured: Measured) -> Table | None:
         "genes matched",
         *(_median_names(group) if group and rows and len(rows[0]) > len(columns) + 2 else []),
     ]
-    note = "Cells in each source, those kept, and why others were left out."
+    note = "Cells in each source, those kept, and why others were left out. Medians are within 1%."
     note += " Copies: cells whose profile stands in an earlier source, or earlier in the same." if copies else ""
     return Table("Sources", note, columns, rows, wide=(SPAN, "median counts"))
 
@@ -113,8 +113,8 @@ def value_table(measured: Measured, value_kind: ValueKind) -> Table:
     if value_kind == "normalised":
         shares = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
         found = quantiles(measured.values, middles(), shares)
-        rows = [[f"{one:.0%}", f"{value:.3g}"] for one, value in zip(shares, found, strict=True)]
-        return Table(title, _where(measured), ["quantile", "value"], [*rows, ["largest", f"{measured.largest:.3g}"]])
+        rows = [[f"{one:.0%}", f"{value:.2g}"] for one, value in zip(shares, found, strict=True)]
+        return Table(title, _where(measured), ["quantile", "value"], [*rows, ["largest", f"{measured.largest:.4g}"]])
     n, total = int(measured.values.sum()), float(measured.gene_sums.sum())
     rows = [
         [label, f"{values:,}", share(values, n), share(counts, total)]
