@@ -57,7 +57,7 @@ def test_the_terminal_and_the_page_say_the_same(shards: Path, no_figures: None) 
         assert "149 of 150 genes of the vocabulary are expressed" in shown
         assert all(f"Cells by {column}" in shown for column in ("tissue", "assay", "donor_id", "cell_name"))
         assert "7 cells with the profile of an earlier cell were left out (7 of b.h5ad in a.h5ad)" in shown
-        assert "249 value not wanted, 7 copy of another cell" in shown
+        assert "249 assay unwanted, 7 copy of another cell" in shown
         assert "assay!=Smart-seq2" in shown
         assert "of donor_id (" in shown
         assert f"{contents.manifest['codec']}; " in shown
