@@ -155,7 +155,9 @@ def gene_table(measured: Measured, vocabulary: Vocabulary, value_kind: ValueKind
     columns = ["gene", "Ensembl id", "cells", "share of cells", "mean where expressed"]
     columns += ["share of all counts"] if value_kind == "counts" else []
     note = f"The {len(rows)} genes that most cells express. {_where(measured)}"
-    return Table("Commonest genes", note, columns, rows, text=("Ensembl id",), wide=("Ensembl id",))
+    return Table(
+        "Commonest genes", note, columns, rows, text=("Ensembl id",), wide=("Ensembl id", "share of all counts")
+    )
 
 
 def origin_table(manifest: dict[str, Any]) -> Table | None:
