@@ -52,7 +52,8 @@ def render(contents: Contents) -> str:
     ]
     boxed = [group for group in (source, *groups) if group and group.genes is not None and _used(group) > 1][:PANELS]
     parts = ["<h2>Sources</h2>", drawn(source_table(manifest, measured))]
-    for group in paired:
+    for group in paired if source else ():
+        assert source  # as there are pairs with it
         parts.append(
             shown(plots.composition(source, group, measured), f"Cells of sources by {group.name}", "All cells.")
         )
