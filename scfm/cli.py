@@ -19,6 +19,7 @@ VERBS = {
     "demo": ("scfm.demo:demo", "bundled real cells -> shards -> pretraining -> annotation -> report.html"),
     "prepare": ("scfm.data.prepare:prepare", "h5ad, 10x, loom, folders of them, or a Census -> a shard directory"),
     "compress": ("scfm.data.transport:compress", "a shard directory -> a copy half the size, for object stores"),
+    "inspect": ("scfm.inspecting.inspect:inspect", "what is in a shard directory, as tables and a page with figures"),
     "verify": ("scfm.data.transport:verify", "compare every shard with the SHA-256 in its manifest"),
     "check": ("scfm.checking:check_file", "raw counts? which genes match? exit code 1 where a file would not work"),
     "plan": ("scfm.plan:plan", "parameters, FLOPs, memory and hours of a recipe, before it is launched"),
