@@ -65,9 +65,7 @@ class Groups:
         return rows_at(self.rows, _places(*self._index, groups, numbers))
 
 
-def shares_of(
-    groups: Groups, power: float, weights: Mapping[str, float], most_repeats: float
-) -> NDArray[np.float64]:
+def shares_of(groups: Groups, power: float, weights: Mapping[str, float], most_repeats: float) -> NDArray[np.float64]:
     """Return the share of each group in what is read, (G,), in all 1.
 
     A share is proportional to cells ** power times the group's weight (1 where none is given), as long as a cell is
@@ -101,9 +99,7 @@ def _part(rows: SomeRows, first: int, last: int) -> slice | NDArray[np.int64]:
 
 
 @njit(nogil=True, cache=True)
-def _sort(
-    codes: NDArray, by_group: NDArray[np.uint16], counts: NDArray[np.int32], firsts: NDArray[np.int32]
-) -> None:
+def _sort(codes: NDArray, by_group: NDArray[np.uint16], counts: NDArray[np.int32], firsts: NDArray[np.int32]) -> None:
     """Put the places of some cells in the order of their groups, within a group as they stand.
 
     Args:

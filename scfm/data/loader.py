@@ -18,7 +18,7 @@ from scfm.data.log_binning import check_logarithms
 from scfm.data.order import Order
 from scfm.data.packing import deal, filled_length, positions_of
 from scfm.data.reading import Reader
-from scfm.data.store import CellStore, ManyCodes
+from scfm.data.store import CellStore, Codes
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
 
@@ -57,7 +57,7 @@ class PackLoader:
         *,
         tokens_per_pack: int,
         fill_packs: bool = False,
-        cell_conditions: Mapping[str, NDArray[np.integer] | ManyCodes] | None = None,
+        cell_conditions: Mapping[str, Codes] | None = None,
         keys: NDArray[np.uint64] | None = None,
         rank: int = 0,
         world_size: int = 1,

@@ -1,12 +1,13 @@
 """Sampling by group: rare tissues or small sources come more often, in an order that is as pure as a plain one.
 
-Every group has an order of its own over its own cells, and is read to its end before any of its cells comes again. Which
-group comes next follows from the shares alone: the draws of a group are spread evenly over time, so that a batch has
-its share of every group to within a cell or so, which random draws do not.
+Every group has an order of its own over its own cells, and is read to its end before any of its cells comes again.
+Which group comes next follows from the shares alone: the draws of a group are spread evenly over time, so that every
+batch has its share of every group, nearer than random draws come to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,9 +15,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scfm.data.groups import Groups
+from scfm.data.groups import Groups, shares_of
 from scfm.data.order import enough_cells
 from scfm.data.random import BLOCKS, ROTATION, WINDOWS, below, feistel, stream
+from scfm.data.rows import SomeRows
+from scfm.data.store import CellStore
+from scfm.errors import ScfmError
 
 TIMES = 40  # bits of a cell's key that are its row; above them stands how often it was read before
 
@@ -104,6 +108,62 @@ class SampledOrder:
         return rows, rows.astype(np.uint64) + (times << np.uint64(TIMES))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What a recipe says about sampling, for the cells that it trains on.
+
+    Attributes:
+        groups: the cells by group.
+        shares: (G,) share of each group in what is read.
+        key: the recipe's words: the order depends on them.
+        said: what comes of them, for the log.
+    """
+
+    groups: Groups
+    shares: NDArray[np.float64]
+    key: str
+    said: str
+
+    @classmethod
+    def of(
+        cls,
+        store: CellStore,
+        rows: SomeRows,
+        column: str,
+        power: float,
+        weights: Mapping[str, float],
+        most_repeats: float,
+        region: int,
+    ) -> Sampling:
+        """Return how some rows of a store are sampled.
+
+        Args:
+            store: the cells.
+            rows: those that are trained on.
+            column, power, weights, most_repeats: `data.sample_by`, `sample_power`, `sample_weights`, `sample_repeats`.
+            region: as `CellOrder` has it.
+
+        Raises ScfmError where the cells have no such column or group, or not all shards fit into the cache.
+        """
+        if region:
+            raise ScfmError(
+                "data.sample_by: groups are read from all shards at a time, and the cache does not hold them; raise "
+                "data.cache_gb to more than twice the size of the shards, or copy them to a local disk"
+            )
+        groups = Groups(store, column, rows)
+        shares = shares_of(groups, power, weights, most_repeats)
+        names, sizes = groups.names, groups.sizes
+        times = shares * len(groups) / sizes
+        largest, rarest = int(sizes.argmax()), int(times.argmax())
+        said = (
+            f"cells are sampled by {column}, {len(shares):,} groups: {names[largest]} is "
+            f"{sizes[largest] / len(groups):.1%} of the cells and {shares[largest]:.1%} of what is read; the "
+            f"{sizes[rarest]:,} cells of {names[rarest]} come most often, {times[rarest]:.3g} times an epoch"
+        )
+        key = f"by {column} to the power {power:g}, at most {most_repeats:g} times, weights {dict(weights)}"
+        return cls(groups, shares, key, said)
+
+
 @njit(nogil=True, cache=True)
 def _uniform(seed: int, group: int) -> float:
     return (stream(seed, 0, group, WINDOWS) >> np.uint64(11)) / 2.0**53
@@ -113,8 +173,8 @@ def _uniform(seed: int, group: int) -> float:
 def _draws_of_groups(total: int, shares: NDArray[np.float64], delays: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return how many of the first `total` draws fall to each group, (G,).
 
-    Draw j of a group is due at (j + delay) / share; draws come in the order in which they are due, and of those that are
-    due together the first group's first. So this is the number of draws that are due before a moment, which is searched.
+    Draw j of a group is due at (j + delay) / share; draws come in the order in which they are due, and of those that
+    are due together the first group's first. So this counts the draws that are due before a moment, which is searched.
     """
     low, high = max(float(total - len(shares) - 1), 0.0), float(total + len(shares) + 2)
     while True:
