@@ -99,7 +99,17 @@ def _codes(codes: Codes, rows: SomeRows, first: int, last: int) -> NDArray[np.in
         return codes[rows[first:last]]
     begin, end = rows[np.array([first, last - 1])].tolist()
     left_out = rows.left_out[slice(*np.searchsorted(rows.left_out, [begin, end]))]
-    return np.delete(codes[begin : end + 1], left_out - begin)
+    return _but(codes[begin : end + 1], left_out - begin)
+
+
+@njit(nogil=True, cache=True)
+def _but(codes: NDArray, left_out: NDArray[np.int64]) -> NDArray:
+    kept, first = np.empty(len(codes) - len(left_out), codes.dtype), 0
+    for i, last in enumerate(left_out):
+        kept[first - i : last - i] = codes[first:last]
+        first = last + 1
+    kept[first - len(left_out) :] = codes[first:]
+    return kept
 
 
 @njit(nogil=True, cache=True)

@@ -109,7 +109,7 @@ class ManyCodes:
     def _first_rows(self) -> NDArray[np.int64]:
         return np.cumsum([0, *(len(array) for array in self.arrays)], dtype=np.int64)
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         return np.result_type(np.int16, *{array.dtype for array in self.arrays})
 
