@@ -122,13 +122,14 @@ def _sort(codes: NDArray, by_group: NDArray[np.uint16], counts: NDArray[np.int32
         counts: (G,) zeros, room for the cells of each group.
         firsts: (G,) room for where each group begins in `by_group`.
     """
+    following = np.zeros(len(counts), np.int32)  # `counts` and `firsts` are columns: too far apart to count in
     for code in codes:
-        counts[code + 1] += 1
+        following[code + 1] += 1
     first = 0
     for group in range(len(counts)):
-        firsts[group] = first
+        counts[group], firsts[group] = following[group], first
+        following[group] = first
         first += counts[group]
-    following = firsts.copy()
     for place in range(len(codes)):
         group = codes[place] + 1
         by_group[following[group]] = place
