@@ -8,7 +8,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.data.order import CellOrder
+from scfm.data.order import Order
 from scfm.data.reading import Reader, Several
 from scfm.data.store import Rows
 
@@ -24,7 +24,7 @@ class Stages:
         reader: how rows are loaded.
     """
 
-    def __init__(self, order: CellOrder, epoch: int, reader: Reader) -> None:
+    def __init__(self, order: Order, epoch: int, reader: Reader) -> None:
         self.order, self.epoch, self.reader = order, epoch, reader
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scfm-stage")
         self._lock = Lock()

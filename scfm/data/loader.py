@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from scfm.data.ahead import Stages
 from scfm.data.batch import PackedBatch, Sizes
 from scfm.data.log_binning import check_logarithms
-from scfm.data.order import CellOrder
+from scfm.data.order import Order
 from scfm.data.packing import deal, filled_length, positions_of
 from scfm.data.reading import Reader
-from scfm.data.store import CellStore
+from scfm.data.store import CellStore, Codes
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
 
@@ -36,7 +36,7 @@ class PackLoader:
         tokens_per_pack: most tokens in a pack.
         fill_packs: fill all packs of a global batch to one length, on every rank, with pseudo-cells.
         cell_conditions: name -> (N,) code of every store row.
-        keys: (N,) uint64 key of every store row, on which its random draws depend; None takes the row itself.
+        keys: (N,) uint64 key of every store row, on which its random draws depend; None takes what the order says.
         rank, world_size: this process, and how many share a global batch.
         reader: how cells that lie in files come into memory; None reads the store where it is.
         threads: threads that prepare batches.
@@ -52,12 +52,12 @@ class PackLoader:
     def __init__(
         self,
         store: CellStore,
-        order: CellOrder,
+        order: Order,
         tokeniser: Tokeniser,
         *,
         tokens_per_pack: int,
         fill_packs: bool = False,
-        cell_conditions: Mapping[str, NDArray[np.int64]] | None = None,
+        cell_conditions: Mapping[str, Codes] | None = None,
         keys: NDArray[np.uint64] | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -113,9 +113,10 @@ class PackLoader:
 
     def prepare(self, epoch: int, k: int, stages: Stages | None = None) -> list[PackedBatch]:
         """Return this rank's packs of global batch k of an epoch, from cells that were read ahead if there are any."""
-        rows = self.order.batch(epoch, k)
+        rows, keys = self.order.drawn(epoch, k)
         store = self.store if stages is None else stages.of(k)
-        keys = rows.astype(np.uint64) if self.keys is None else self.keys[rows]
+        if self.keys is not None:
+            keys = self.keys[rows]
         lengths, n_unknown = self.tokeniser.plan(store, rows, keys, epoch)
         plan = deal(lengths, self.world_size, self.tokens_per_pack)
         packs = plan[self.rank]
