@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 K = 15
 MAX_K = 50
-KNOWN_SHARE = 0.99
+KNOWN_SHARE = 0.95
 CALIBRATION_CELLS = 2000
 
 
@@ -208,8 +208,9 @@ class ReferenceIndex:
         For a label `cell_type`: `.obs["mapped_cell_type"]`, `.obs["mapped_cell_type_confidence"]` (the label's share of
         its neighbours' weight) and all shares in `.obsm["mapped_cell_type_probabilities"]`, columns as in
         `.uns["mapping"]["labels"]["cell_type"]`. `.obs["mapping_distance"]` is the mean distance to the k neighbours;
-        where it is larger than what `known_share` of the reference's own cells stay within
-        (`.uns["mapping"]["farthest_known"]`), the label is `Unassigned`, whatever the confidence.
+        where it is larger than what `known_share` of the reference's own cells of that label stay within
+        (`.uns["mapping"]["farthest_known"]["cell_type"]`, in the order of the labels), it is `Unassigned`, whatever the
+        confidence.
         `.obsm["mapping_distances"]` and `.obsm["mapping_neighbours"]` (n, k): how far each neighbour, which row of the
         index.
 
@@ -232,15 +233,18 @@ class ReferenceIndex:
         self.check_model(model)
         asked = list(labels) or self.labels
         self.check_labels(asked)
-        limit = self.farthest_known(k, known_share)
+        limits = {name: self.farthest_known(name, k, known_share) for name in asked}
         model.embed(adata, **embedding)
         distances, rows = self.neighbours(adata.obsm["X_scfm"], k)
         remote = remoteness(distances, k)
+        unassigned = {}
         for name in asked:
             shares = self.vote(name, distances, rows)
             names = self.content.categories[name]
             best = np.array(names, dtype=object)[shares.argmax(axis=1)]
-            best[remote > limit] = UNASSIGNED
+            beyond = remote > limits[name][shares.argmax(axis=1)]
+            best[beyond] = UNASSIGNED
+            unassigned[name] = int(beyond.sum())
             adata.obs[f"mapped_{name}"] = pd.Categorical(best, categories=list(dict.fromkeys([*names, UNASSIGNED])))
             adata.obs[f"mapped_{name}_confidence"] = shares.max(axis=1).astype(np.float32)
             adata.obsm[f"mapped_{name}_probabilities"] = shares.astype(np.float32)
@@ -253,8 +257,8 @@ class ReferenceIndex:
             "labels": {name: list(self.content.categories[name]) for name in asked},
             "k": k,
             "known_share": known_share,
-            "farthest_known": limit,
-            "unassigned": int((remote > limit).sum()),
+            "farthest_known": limits,
+            "unassigned": unassigned,
             "cells_in_reference": int(self.held(store_hashes(model.store(adata, **options))).sum()),
             "leave_one_out_accuracy": {name: self.leave_one_out(name, k) for name in asked},
         }
@@ -272,19 +276,20 @@ class ReferenceIndex:
         codes = np.where(rows >= 0, codes, -1)
         return votes(distances, codes, len(self.content.categories[label]))
 
-    def farthest_known(self, k: int = K, known_share: float = KNOWN_SHARE) -> float:
-        """Return the mean distance to k neighbours that a share of the reference's own cells stays within.
+    def farthest_known(self, label: str, k: int = K, known_share: float = KNOWN_SHARE) -> NDArray[np.float64]:
+        """Return, per name of a label (C,), the mean distance to k neighbours that a share of its cells stays within.
 
         Raises ScfmError where k or the share is out of range.
         """
-        assert self.content.calibration is not None
-        distances = self.content.calibration.distances
-        most = int(np.isfinite(distances).all(axis=0).sum())
+        sample = self.content.calibration
+        assert sample is not None
+        most = int(np.isfinite(sample.distances).all(axis=0).sum())
         if not 1 <= k <= most:
             raise ScfmError(f"k: {k} neighbours; this index is calibrated for 1 to {most}")
         if not 0 < known_share <= 1:
             raise ScfmError(f"known_share: {known_share} is not a share; give a number above 0, up to 1")
-        return farthest_known(distances, k, known_share)
+        own = self.at([part.labels[label] for part in self.content.parts], sample.rows)
+        return farthest_known(remoteness(sample.distances, k), own, len(self.content.categories[label]), known_share)
 
     def leave_one_out(self, label: str, k: int = K) -> float:
         """Return how often the sampled cells of the reference get their own label from the others."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+ENOUGH = 20  # sampled cells of a label: fewer do not show how far its cells lie apart
+
 
 def votes(distances: NDArray[np.float32], codes: NDArray[np.int32], n_labels: int) -> NDArray[np.float64]:
     """Return each label's share of the neighbours' weight, (n, C); rows without a neighbour are 0.
@@ -33,12 +35,20 @@ def remoteness(distances: NDArray[np.float32], k: int) -> NDArray[np.float32]:
     return distances[:, :k].mean(axis=1)
 
 
-def farthest_known(distances: NDArray[np.float32], k: int, known_share: float) -> float:
-    """Return the remoteness that a share of the reference's own cells stays within.
+def farthest_known(
+    remote: NDArray[np.float32], codes: NDArray[np.int32], n_labels: int, known_share: float
+) -> NDArray[np.float64]:
+    """Return, for each label (C,), the remoteness that a share of its cells in the reference stays within.
+
+    Types differ in how far apart their cells lie. A label of few sampled cells gets the limit of the whole reference.
 
     Args:
-        distances: (s, K) leave-one-out distances of a sample of the reference.
-        k: neighbours that are counted.
-        known_share: 0.99 calls one of a hundred cells like the reference's own unassigned.
+        remote: (s,) remoteness of a sample of the reference from its other cells.
+        codes: (s,) their labels.
+        n_labels: C.
+        known_share: 0.95 calls one of twenty cells like the reference's own unassigned.
     """
-    return float(np.quantile(remoteness(distances, k), known_share, method="inverted_cdf"))
+    limits = np.full(n_labels, np.quantile(remote, known_share, method="inverted_cdf"), np.float64)
+    for code in np.flatnonzero(np.bincount(codes, minlength=n_labels) >= ENOUGH):
+        limits[code] = np.quantile(remote[codes == code], known_share, method="inverted_cdf")
+    return limits

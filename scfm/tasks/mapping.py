@@ -96,7 +96,7 @@ def map_cells(
         out: h5ad file to write; must not exist.
         label: obs columns of the reference to take over; all those of an index if not given.
         k: Neighbours that vote.
-        known_share: Share of cells like the reference's own that get a label; farther ones are `Unassigned`.
+        known_share: Share of cells like the reference's own that shall get a label; farther ones are `Unassigned`.
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
@@ -117,7 +117,8 @@ def map_cells(
         return found.query(loaded, adata, labels=label, k=k, known_share=known_share, **options)
 
     said = over_file(file, model, out, work).uns["mapping"]
-    print(f"unassigned: {said['unassigned']:,} cells, farther from the reference than {said['farthest_known']:.3f}")
+    for name, n in said["unassigned"].items():
+        print(f"{name}: {n:,} cells unassigned, farther from the reference than {known_share:.0%} of its own cells")
     if said["cells_in_reference"]:
         print(f"note: {said['cells_in_reference']:,} of the cells are in the reference themselves")
 
@@ -129,7 +130,7 @@ class ReferenceMapping:
         name: what the report calls it.
         model: embeds the cells.
         k: neighbours that vote.
-        known_share: cells farther than this share of the reference's own are `Unassigned`; None labels every cell.
+        known_share: cells farther than this share of the reference's own of their label are `Unassigned`; None: none.
     """
 
     def __init__(self, name: str, model: PretrainedModel, k: int = K, known_share: float | None = None) -> None:
@@ -164,7 +165,8 @@ class ReferenceMapping:
         shares = self.index.vote(self.label, distances, rows)
         labels = np.array(self.classes, dtype=object)[shares.argmax(axis=1)]
         if self.known_share is not None:
-            labels[distances.mean(axis=1) > self.index.farthest_known(self.k, self.known_share)] = UNASSIGNED
+            limits = self.index.farthest_known(self.label, self.k, self.known_share)
+            labels[distances.mean(axis=1) > limits[shares.argmax(axis=1)]] = UNASSIGNED
         return labels.astype(str), shares
 
     def embed(self, adata: AnnData) -> NDArray:

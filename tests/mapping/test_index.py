@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 from anndata import AnnData
@@ -12,6 +13,7 @@ from cells import made_up_cells
 from untrained import WIDTH, untrained_model
 
 import scfm
+from scfm.baselines import KNNOnPCA
 from scfm.errors import ScfmError
 from scfm.mapping import ReferenceIndex
 from scfm.mapping import index as index_module
@@ -70,11 +72,11 @@ def test_cells_unlike_the_reference_are_unassigned() -> None:
     vectors = types / np.linalg.norm(types, axis=1, keepdims=True)
     index = ReferenceIndex.from_vectors(
         vectors,
-        {"cell_type": vectors.argmax(1).astype(str)},
+        {"kind": ["cell"] * 500},
         cells=np.arange(500, dtype=np.uint64),
         model={"hash": "", "source": "", "width": 8},
     )
-    limit = index.farthest_known(known_share=0.99)
+    (limit,) = set(index.farthest_known("kind", known_share=0.99))
     novel = np.eye(8)[[5] * 20] + rng.normal(0, 0.05, (20, 8))
     distances, _ = index.neighbours(novel / np.linalg.norm(novel, axis=1, keepdims=True))
     assert (distances.mean(1) > limit).all()
@@ -93,7 +95,7 @@ def test_calibration_between_batches_allows_for_their_distance() -> None:
     labels = {"cell_type": (np.arange(300) % 3).astype(str)}
     between = ReferenceIndex.from_vectors(vectors, labels, batches=batches, **about)
     within = ReferenceIndex.from_vectors(vectors, labels, **about)
-    assert between.farthest_known() > 2 * within.farthest_known()
+    assert min(between.farthest_known("cell_type")) > 2 * max(within.farthest_known("cell_type"))
     assert between.labels == ["cell_type"]
     with pytest.raises(ScfmError, match="has one value only"):
         ReferenceIndex.from_vectors(vectors, labels, batches=["0"] * 300, **about)
@@ -103,7 +105,7 @@ def same(one: ReferenceIndex, other: ReferenceIndex) -> None:
     queries = np.concatenate([part.vectors for part in one.content.parts])[::7]
     for mine, its in zip(one.neighbours(queries, 9), other.neighbours(queries, 9), strict=True):
         np.testing.assert_array_equal(mine, its)
-    assert one.farthest_known() == other.farthest_known()
+    np.testing.assert_array_equal(one.farthest_known("cell_type"), other.farthest_known("cell_type"))
     assert one.leave_one_out("cell_type") == other.leave_one_out("cell_type")
     assert one.content.categories == other.content.categories
 
@@ -271,3 +273,29 @@ def test_as_a_method_it_is_fitted_and_predicts(model: scfm.PretrainedModel) -> N
     assert method.embed(test).shape == (45, WIDTH)
     strict, _ = ReferenceMapping("strict", model, known_share=0.05).fit(train, "cell_type", 0).predict(test)
     assert (strict == "Unassigned").mean() > 0.5
+
+
+@pytest.mark.realdata
+def test_on_real_cells_the_promised_share_is_known_and_labels_are_those_of_knn(shared: Path) -> None:
+    cells = anndata.read_h5ad(shared / "data" / "annotation" / "pbmc68k_reduced.h5ad")
+    half = np.random.default_rng(0).permutation(cells.n_obs) < 350
+    novel = (cells.obs["cell_type"] == "B cell").to_numpy()
+    reference, query = cells[half & ~novel].copy(), cells[~half].copy()
+    baseline = KNNOnPCA(components=20).fit(reference, "cell_type")
+
+    def unit(adata: AnnData) -> np.ndarray:
+        components = baseline.embed(adata)
+        return components / np.linalg.norm(components, axis=1, keepdims=True)
+
+    about = {"cells": np.arange(reference.n_obs, dtype=np.uint64), "model": {"hash": "", "source": "", "width": 20}}
+    index = ReferenceIndex.from_vectors(unit(reference), {"cell_type": reference.obs["cell_type"].astype(str)}, **about)
+    distances, rows = index.neighbours(unit(query))
+    best = index.vote("cell_type", distances, rows).argmax(axis=1)
+    beyond = distances.mean(axis=1) > index.farthest_known("cell_type", known_share=0.95)[best]
+    new, truth = novel[~half], query.obs["cell_type"].to_numpy(dtype=str)
+    labels = np.array(index.content.categories["cell_type"])[best]
+    accuracy = (labels == truth)[~new].mean()
+    assert accuracy == pytest.approx((baseline.predict(query)[0] == truth)[~new].mean(), abs=0.04)
+    assert accuracy == pytest.approx(index.leave_one_out("cell_type"), abs=0.05)
+    assert beyond[~new].mean() == pytest.approx(0.05, abs=0.03)
+    assert beyond[new].mean() > 5 * beyond[~new].mean()

@@ -32,7 +32,19 @@ def test_missing_neighbours_have_no_vote() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
-def test_the_given_share_of_the_reference_is_known(share: float) -> None:
-    distances = np.sort(np.random.default_rng(0).random((200, 6)).astype(np.float32), axis=1)
-    limit = farthest_known(distances, 3, share)
-    assert (remoteness(distances, 3) <= limit).mean() == pytest.approx(share)
+def test_the_given_share_of_each_label_is_known(share: float) -> None:
+    rng = np.random.default_rng(0)
+    codes = np.arange(200) % 2
+    distances = np.sort(rng.random((200, 6)) * np.where(codes == 0, 1, 3)[:, None], axis=1).astype(np.float32)
+    remote = remoteness(distances, 3)
+    limits = farthest_known(remote, codes, 2, share)
+    for code in range(2):
+        assert (remote[codes == code] <= limits[code]).mean() == pytest.approx(share)
+    assert limits[1] > 2 * limits[0]
+
+
+def test_a_label_of_few_cells_has_the_limit_of_the_whole_reference() -> None:
+    remote = np.linspace(0, 1, 101, dtype=np.float32)
+    codes = np.array([0] * 96 + [1] * 5)
+    limits = farthest_known(remote, codes, 3, 0.5)
+    np.testing.assert_allclose(limits, [0.47, 0.5, 0.5], atol=1e-6)

@@ -55,9 +55,12 @@ def test_an_h5ad_file_is_a_reference_too(place: Path, tmp_path: Path, capsys: py
     assert run(place, "map", query, "--reference", one, "--out", str(out)) == 2
     assert "--label: name the obs columns" in capsys.readouterr().err
     assert run(place, "map", query, "--reference", one, "--label", "cell_type", "--out", str(out)) == 0
-    assert "unassigned: " in capsys.readouterr().out
+    assert "cells unassigned, farther" in capsys.readouterr().out
     mapped = anndata.read_h5ad(out)
-    assert (mapped.obs["mapped_cell_type"].astype(str) == mapped.obs["cell_type"].astype(str)).mean() > 0.8
+    found = mapped.obs["mapped_cell_type"].astype(str)
+    assigned = found != "Unassigned"
+    assert assigned.mean() > 0.7
+    assert (found == mapped.obs["cell_type"].astype(str))[assigned].mean() > 0.8
     own = tmp_path / "own.h5ad"
     assert run(place, "map", one, "--reference", one, "--label", "cell_type", "--out", str(own)) == 0
     assert "note: 90 of the cells are in the reference themselves" in capsys.readouterr().out
