@@ -27,6 +27,8 @@ VERBS = {
     "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
+    "index": ("scfm.tasks.mapping:index", "embed labelled cells into a reference index, or add cells to one"),
+    "map": ("scfm.tasks.mapping:map_cells", "write labels of the nearest reference cells into .obs of an h5ad file"),
     "evaluate": ("scfm.evaluation.evaluate:evaluate", "score a model on a task, beside its baselines"),
     "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
