@@ -20,6 +20,8 @@ from scfm.errors import ScfmError
 
 ATTEMPTS = 3
 CHUNK = 2**22
+# beside a file: as it arrives, as it is decompressed, and a file of no content, as large as both, that takes their room
+UNFINISHED = (".part", ".plain", ".room")
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class ShardCache:
     def _fetch(self, location: str, shard: Mapping[str, Any], path: Path) -> None:
         sent = shard.get("transport", shard)
         url, complaint = f"{location.rstrip('/')}/{sent['file']}", ""
-        part, plain = path.with_suffix(".part"), path.with_suffix(".plain")
+        part, plain, room = (path.with_suffix(suffix) for suffix in UNFINISHED)
         packed = sent is not shard
         try:
-            self._reserve(sent["bytes"] + (shard["bytes"] if packed else 0), part, url)
+            self._reserve(sent["bytes"] + (shard["bytes"] if packed else 0), room, url)
             for _ in range(ATTEMPTS):
                 complaint = _download(url, part, sent["bytes"], sent["sha256"])
                 if not complaint:
@@ -76,33 +78,40 @@ class ShardCache:
             if packed:
                 _expand(part, plain, url, shard)
                 part.unlink()
-            os.replace(plain if packed else part, path)
+            with self._room():  # at no moment is the shard there twice, or not at all
+                os.replace(plain if packed else part, path)
+                _forget(path)
         except OSError as error:
             raise ScfmError(f"{self.directory}: the cache of shards cannot be written ({error})") from error
         finally:
-            part.unlink(missing_ok=True)
-            plain.unlink(missing_ok=True)
+            with self._room():
+                _forget(path)
 
-    def _reserve(self, n_bytes: int, part: Path, url: str) -> None:
-        """Make room for a file, least recently used ones first, and take it with an empty file of that size."""
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Let one process, or thread, at a time change what the cache holds."""
         with (self.directory / "room.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            held = {
-                path: path.stat() for path in self.directory.iterdir() if path.suffix in (".arrow", ".part", ".plain")
-            }
+            yield
+
+    def _reserve(self, n_bytes: int, room: Path, url: str) -> None:
+        """Make room for a file, least recently used ones first, and take it by an empty (sparse) file of that size."""
+        with self._room():
+            _forget(room)  # of a process that was killed
+            held = {path: path.stat() for path in self.directory.iterdir() if path.suffix in (".arrow", room.suffix)}
             taken = sum(file.st_size for file in held.values())
             for path, file in sorted(held.items(), key=lambda item: item[1].st_mtime_ns):
                 if taken + n_bytes <= self.most_bytes:
                     break
-                if path != part and self._evict(path):
+                if self._evict(path):
                     taken -= file.st_size
             if taken + n_bytes > self.most_bytes:
                 raise ScfmError(
                     f"data.cache_gb: {url} needs {n_bytes / 1e9:,.3f} GB, and of {self.most_bytes / 1e9:,.3f} GB "
                     f"{taken / 1e9:,.3f} GB hold shards in use; give the cache more room"
                 )
-            with part.open("wb") as file_:
-                os.posix_fallocate(file_.fileno(), 0, n_bytes)
+            with room.open("wb") as file_:
+                file_.truncate(n_bytes)
 
     def _evict(self, path: Path) -> bool:
         """Remove a file that nobody uses; return whether it was one."""
@@ -112,7 +121,14 @@ class ShardCache:
             except BlockingIOError:
                 return False
             path.unlink(missing_ok=True)
+            _forget(path)
             return True
+
+
+def _forget(path: Path) -> None:
+    """Remove what a fetch has not finished, and give its room back."""
+    for suffix in UNFINISHED:
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _download(url: str, into: Path, n_bytes: int, sha256: str) -> str:
