@@ -1,0 +1,64 @@
+"""scfm: packed training batches, or raw cells, from a shard directory.
+
+scfm_side.py build FOLDER | WHAT FOLDER map|read BLOCK CELLS, WHAT being tokens or raw
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+
+from measured import measure
+
+BATCH, LENGTH = 64, 1200
+PACKAGES = ["scfm", "numba", "numpy", "torch", "pyarrow"]
+
+
+def build(folder: Path) -> None:
+    """Run `scfm prepare` with one worker process, as users do."""
+    files = [str(path) for path in sorted(folder.glob("cells-*.h5ad"))]
+    command = [sys.executable, "-m", "scfm.cli", "prepare", *files, "--out", str(folder / "shards"), "--workers", "1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    took = getrusage(RUSAGE_CHILDREN)
+    print(json.dumps({"cpu": took.ru_utime + took.ru_stime, "peak_bytes": 1024 * took.ru_maxrss}))
+
+
+def deliver(what: str, folder: Path, mode: str, block: int, cells: int) -> None:
+    """Deliver batches of 64: with one thread that makes tokens, and those that read ahead.
+
+    A block of 64 cells is the default, whose cells mix in windows of 1,024 blocks; a block of 1 is true random order,
+    in windows of 4,096.
+    """
+    from scfm.data.access import choose
+    from scfm.data.loader import PackLoader
+    from scfm.data.order import CellOrder
+    from scfm.data.raw import raw_batches
+    from scfm.data.shards import open_shards
+    from scfm.data.tokens import TokenConfig, Tokeniser
+    from scfm.training.launch import keep_memory
+
+    keep_memory()  # what `scfm pretrain` does too
+
+    def open_loader() -> Iterator[int]:
+        store = open_shards(folder / "shards")
+        how = {} if block == 64 else {"block": block, "window": 4096}
+        order = CellOrder(range(store.n_cells), BATCH, seed=0, **how)
+        reader = choose(store, mode).reader
+        if what == "raw":
+            return (cells.n_cells for _, cells in raw_batches(store, order, 0, reader))
+        tokeniser = Tokeniser(TokenConfig(max_genes=LENGTH - 1, n_bins=51), store.vocabulary, store.value_kind)
+        loader = PackLoader(store, order, tokeniser, tokens_per_pack=BATCH * LENGTH, reader=reader)
+        return (sum(pack.n_cells for pack in packs) for packs in loader.batches(0))
+
+    measure(open_loader, 1, cells, PACKAGES)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "build":
+        build(Path(sys.argv[2]))
+    else:
+        deliver(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
