@@ -33,7 +33,7 @@ class CellOrder:
     cells_per_batch: int
     seed: int
     shuffle: bool = True
-    block: int = 64
+    block: int = 32
     window: int = 1024
     region: int = 0
 

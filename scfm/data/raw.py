@@ -8,12 +8,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scfm.data.ahead import Stages
+from scfm.data.ahead import Stages, groups_of
 from scfm.data.order import CellOrder
 from scfm.data.reading import Reader
 from scfm.data.store import CellBlock, CellStore, Rows
-
-TOGETHER = 512  # cells decoded at once; a call for each small batch would cost more than its cells
 
 
 def raw_batches(
@@ -29,28 +27,17 @@ def raw_batches(
         start: number of the first batch.
     """
     stages = None if reader is None else Stages(order, epoch, reader)
-    at_once = max(1, TOGETHER // order.cells_per_batch)
     try:
-        first = start
-        while first < len(order):
-            last = first + 1
-            # batches of other stages wait: a group would hold the cells of one stage longer, and copy all of them
-            while (
-                last < min(first + at_once, len(order))
-                and order.stages_of(last) == order.stages_of(first)
-                and len(order.stages_of(first)) == 1
-            ):
-                last += 1
-            batches = [order.batch(epoch, k) for k in range(first, last)]
+        for ks in groups_of(order, start):
+            batches = [order.batch(epoch, k) for k in ks]
             rows = np.concatenate(batches)
-            cells = _in_order(store if stages is None else stages.of(first), rows)
+            cells = _in_order(store if stages is None else stages.of(ks.start), rows)
             at = 0
-            for k, batch in enumerate(batches, first):
-                yield batch, cells.between(at, at + len(batch))
-                at += len(batch)
+            for k, batch in zip(ks, batches, strict=True):
                 if stages is not None:
                     stages.delivered(k)
-            first = last
+                yield batch, cells.between(at, at + len(batch))
+                at += len(batch)
     finally:
         if stages is not None:
             stages.close()
@@ -62,10 +49,11 @@ def _in_order(cells: Rows, rows: NDArray[np.int64]) -> CellBlock:
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     parts = list(cells.parts(rows))
-    block, mine, places = parts[0]
-    all_in_turn = np.arange(block.n_cells)
-    if np.array_equal(mine, all_in_turn) and np.array_equal(places, all_in_turn):  # packed cells were decoded so
-        return block
+    if len(parts) == 1:
+        block, mine, places = parts[0]
+        in_turn = np.arange(block.n_cells)
+        if np.array_equal(mine, in_turn) and np.array_equal(places, in_turn):  # packed cells are decoded so
+            return block
     genes = np.empty(offsets[-1], np.result_type(*(block.genes.dtype for block, _, _ in parts)))
     values = np.empty(offsets[-1], np.result_type(*(block.values.dtype for block, _, _ in parts)))
     for block, mine, places in parts:

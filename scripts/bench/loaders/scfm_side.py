@@ -30,7 +30,7 @@ def build(folder: Path) -> None:
 def deliver(what: str, folder: Path, mode: str, block: int, cells: int) -> None:
     """Deliver batches of 64: with one thread that makes tokens, and those that read ahead.
 
-    A block of 64 cells is the default, whose cells mix in windows of 1,024 blocks; a block of 1 is true random order,
+    A block of 32 cells is the default, whose cells mix in windows of 1,024 blocks; a block of 1 is true random order,
     in windows of 4,096.
     """
     from scfm.data.access import choose
@@ -39,13 +39,10 @@ def deliver(what: str, folder: Path, mode: str, block: int, cells: int) -> None:
     from scfm.data.raw import raw_batches
     from scfm.data.shards import open_shards
     from scfm.data.tokens import TokenConfig, Tokeniser
-    from scfm.training.launch import keep_memory
-
-    keep_memory()  # what `scfm pretrain` does too
 
     def open_loader() -> Iterator[int]:
         store = open_shards(folder / "shards")
-        how = {} if block == 64 else {"block": block, "window": 4096}
+        how = {} if block > 1 else {"block": 1, "window": 4096}
         order = CellOrder(range(store.n_cells), BATCH, seed=0, **how)
         reader = choose(store, mode).reader
         if what == "raw":
