@@ -56,7 +56,7 @@ def raw(folder: Path, chunk: int, cells: int) -> None:
         loader.use_collection(collection, load_adata=only_cells)
         return (batch["X"].shape[0] for batch in loader)
 
-    measure(open_loader, 1, cells, PACKAGES)
+    measure(open_loader, cells, PACKAGES)
 
 
 if __name__ == "__main__":

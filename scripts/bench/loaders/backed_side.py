@@ -27,7 +27,7 @@ def raw(folder: Path, cells: int) -> None:
         batches = (np.sort(order[at : at + BATCH]) for at in range(0, len(order) - BATCH, BATCH))
         return (collection[batch].X.shape[0] for batch in batches)
 
-    measure(open_loader, 1, cells, ["anndata", "h5py"])
+    measure(open_loader, cells, ["anndata", "h5py"])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from importlib.metadata import version
 EVERY = 0.02  # seconds between two looks at the memory
 
 
-def measure(open_loader: Callable[[], Iterator[int]], passes: int, most_cells: int, packages: list[str]) -> None:
+def measure(open_loader: Callable[[], Iterator[int]], most_cells: int, packages: list[str]) -> None:
     """Time a loader over its cells and print JSON.
 
     Time runs from the first question for a batch, opened and imported before, to the last batch; CPU time is that of
@@ -21,9 +21,8 @@ def measure(open_loader: Callable[[], Iterator[int]], passes: int, most_cells: i
     its interpreter and libraries included; where there are workers, theirs is not.
 
     Args:
-        open_loader: returns what yields the number of cells of one batch after another, a pass.
-        passes: over the cells; the rate is that of all.
-        most_cells: so many in a pass at most.
+        open_loader: returns what yields the number of cells of one batch after another.
+        most_cells: the batch that reaches so many is the last.
         packages: whose versions are named.
     """
     started = time.perf_counter()
@@ -34,16 +33,11 @@ def measure(open_loader: Callable[[], Iterator[int]], passes: int, most_cells: i
     watch.start()
     read, wall, cpu, cells = _bytes_read(), time.perf_counter(), _cpu(), 0
     first_batch = 0.0
-    for _ in range(passes):
-        of_pass = 0
-        for n in loader:
-            first_batch = first_batch or time.perf_counter() - wall
-            of_pass += n
-            if of_pass >= most_cells:
-                break
-        cells += of_pass
-        if passes > 1:
-            loader = open_loader()
+    for n in loader:
+        first_batch = first_batch or time.perf_counter() - wall
+        cells += n
+        if cells >= most_cells:
+            break
     wall, cpu, read = time.perf_counter() - wall, _cpu() - cpu, _bytes_read() - read
     stop.set()
     watch.join()

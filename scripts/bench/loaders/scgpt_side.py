@@ -73,7 +73,7 @@ def tokens(folder: Path, source: Path, workers: int, cells: int) -> None:
         )
         return (len(batch["gene"]) for batch in loader)
 
-    measure(open_loader, 1, cells, ["torch", "datasets", "numpy"])
+    measure(open_loader, cells, ["torch", "datasets", "numpy"])
 
 
 if __name__ == "__main__":
