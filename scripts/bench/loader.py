@@ -1,6 +1,6 @@
 """Loading beside named peers: the same cells in one run, in turns; each loader in its own process and Python.
 
-    OMP_NUM_THREADS=1 python scripts/bench/loader.py FOLDER --annbatch PYTHON --scgpt SOURCE --rounds 5 --out loader.json
+    OMP_NUM_THREADS=1 python scripts/bench/loader.py FOLDER --annbatch PYTHON --scgpt SOURCE --out loader.json
 
 FOLDER receives 6 GB: 200,000 synthetic cells of 20,000 genes, 1,500 of them expressed, as gzipped h5ad, and what each
 loader makes of them; what is there already is used again. PYTHON is one of an environment with annbatch (3.12 or newer,
