@@ -14,9 +14,10 @@ from scfm.version import __version__
 
 if TYPE_CHECKING:
     from scfm.checking import check
+    from scfm.mapping import ReferenceIndex
     from scfm.pretrained import PretrainedModel, load
 
-__all__ = ["PretrainedModel", "ScfmError", "__version__", "check", "load"]
+__all__ = ["PretrainedModel", "ReferenceIndex", "ScfmError", "__version__", "check", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from scfm.checking import check
 
         return check
+    if name == "ReferenceIndex":
+        from scfm.mapping import ReferenceIndex
+
+        return ReferenceIndex
     raise AttributeError(f"module 'scfm' has no attribute {name!r}")

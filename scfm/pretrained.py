@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from scfm.checkpoints.native import ModelFiles, load_model, save_model
+from scfm.checkpoints.native import ModelFiles, as_plain, load_model, save_model
 from scfm.data.batch import PackedBatch
 from scfm.data.hashing import store_hashes
 from scfm.data.loader import PackLoader
@@ -230,6 +232,18 @@ class PretrainedModel:
             else np.full(adata.n_obs, -1)
             for name, names in self.files.cell_conditions.items()
         }
+
+    def embedding_hash(self) -> str:
+        """Return the sha256 of all that decides what `embed` gives: weights, vocabulary, tokenisation; heads do not."""
+        config = as_plain(self.files)["config"]
+        config["tokens"].pop("mask_ratios")
+        decides = {name: config[name] for name in ("model", "tokens", "value_kind", "vocabulary_hash")}
+        total = hashlib.sha256(json.dumps([decides, self.files.cell_conditions], sort_keys=True).encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            if name.startswith("backbone."):
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def network_at(self, precision: Precision) -> nn.Module:
         """Return the network in a precision, on its device. Raises ScfmError where that does not compute it."""

@@ -45,6 +45,13 @@ class DataConfig:
         cls_value: The value given to `<cls>`; -2 as in scGPT's pretraining.
         mask_value: The value that stands for a hidden one where attention is full; -1 as in scGPT.
         valid_fraction: Share of cells held out for validation, where the shards do not say which cells are.
+        sample_by: obs column (tissue, source, cell_type ...) of which rare groups come more often in training, and
+            frequent ones less often; null reads all training cells alike.
+        sample_power: The share of a group is proportional to its cells to this power: 1 changes nothing, 0 gives all
+            groups the same; with a temperature T it is 1 / T.
+        sample_weights: Factors on the shares of groups, by name, e.g. {lung: 2.0}; 1 where none is named.
+        sample_repeats: Most times that the cells of a group are read in an epoch, on average (an epoch reads as many
+            cells as there are); what is too much for a group goes to the others.
         gene_conditions: Per-gene conditions: {name: TSV file with the columns `gene` and `condition`}.
         threads: Threads that prepare batches ahead of the step.
         prefetch: Global batches prepared ahead.
@@ -70,6 +77,10 @@ class DataConfig:
     cls_value: float = -2.0
     mask_value: float = -1.0
     valid_fraction: float = 0.003
+    sample_by: str | None = None
+    sample_power: float = 0.5
+    sample_weights: dict[str, float] = field(default_factory=dict)
+    sample_repeats: float = 10.0
     gene_conditions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     prefetch: int = 4
@@ -427,6 +438,16 @@ def check(recipe: Recipe) -> None:
         ),
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
         (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
+        (data.sample_power >= 0, f"data.sample_power: {data.sample_power:g} must be at least 0"),
+        (data.sample_repeats >= 1, f"data.sample_repeats: {data.sample_repeats:g} must be at least 1"),
+        (
+            data.sample_by is not None or not data.sample_weights,
+            "data.sample_weights: name groups, but data.sample_by does not say of which obs column",
+        ),
+        (
+            all(weight > 0 for weight in data.sample_weights.values()),
+            f"data.sample_weights: {data.sample_weights} must be above 0; `scfm prepare --where` leaves cells out",
+        ),
         (recipe.checkpoint.patience >= 0, f"checkpoint.patience: {recipe.checkpoint.patience} must be at least 0"),
         (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
         (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),

@@ -9,7 +9,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.data.order import CellOrder
+from scfm.data.order import Order
 from scfm.data.reading import Reader, Several
 from scfm.data.store import Rows
 
@@ -17,7 +17,7 @@ Part = tuple[NDArray[np.int64], Rows]
 TOGETHER = 512  # cells that are prepared at once; the calls for a small batch alone take longer than its cells
 
 
-def groups_of(order: CellOrder, start: int) -> Iterator[range]:
+def groups_of(order: Order, start: int) -> Iterator[range]:
     """Yield the global batches from `start` on in groups of about 512 cells that lie in the same stages."""
     most = max(1, TOGETHER // order.cells_per_batch)
     while start < len(order):
@@ -37,7 +37,7 @@ class Stages:
         reader: how rows are loaded.
     """
 
-    def __init__(self, order: CellOrder, epoch: int, reader: Reader) -> None:
+    def __init__(self, order: Order, epoch: int, reader: Reader) -> None:
         self.order, self.epoch, self.reader = order, epoch, reader
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scfm-stage")
         self._lock = Lock()

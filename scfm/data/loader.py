@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from scfm.data.ahead import Stages, groups_of
 from scfm.data.batch import PackedBatch, Sizes
 from scfm.data.log_binning import check_logarithms
-from scfm.data.order import CellOrder
+from scfm.data.order import Order
 from scfm.data.packing import deal, filled_length, positions_of
 from scfm.data.reading import Reader
-from scfm.data.store import CellStore
+from scfm.data.store import CellStore, Codes
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
 
@@ -35,7 +35,7 @@ class PackLoader:
         tokens_per_pack: most tokens in a pack.
         fill_packs: fill all packs of a global batch to one length, on every rank, with pseudo-cells.
         cell_conditions: name -> (N,) code of every store row.
-        keys: (N,) uint64 key of every store row, on which its random draws depend; None takes the row itself.
+        keys: (N,) uint64 key of every store row, on which its random draws depend; None takes what the order says.
         rank, world_size: this process, and how many share a global batch.
         reader: how cells that lie in files come into memory; None reads the store where it is.
         threads: threads that prepare batches.
@@ -51,12 +51,12 @@ class PackLoader:
     def __init__(
         self,
         store: CellStore,
-        order: CellOrder,
+        order: Order,
         tokeniser: Tokeniser,
         *,
         tokens_per_pack: int,
         fill_packs: bool = False,
-        cell_conditions: Mapping[str, NDArray[np.int64]] | None = None,
+        cell_conditions: Mapping[str, Codes] | None = None,
         keys: NDArray[np.uint64] | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -124,9 +124,10 @@ class PackLoader:
     def _prepare(self, epoch: int, ks: range, stages: Stages | None) -> list[list[PackedBatch]]:
         """Return this rank's packs of some global batches, whose cells all come from the same stages."""
         store = self.store if stages is None else stages.of(ks.start)
-        rows_of = [self.order.batch(epoch, k) for k in ks]
+        drawn = [self.order.drawn(epoch, k) for k in ks]
+        rows_of = [rows for rows, _ in drawn]
         rows = np.concatenate(rows_of)
-        keys = rows.astype(np.uint64) if self.keys is None else self.keys[rows]
+        keys = np.concatenate([keys for _, keys in drawn]) if self.keys is None else self.keys[rows]
         lengths, n_unknown = self.tokeniser.plan(store, rows, keys, epoch)
 
         # The cells of all packs in a row, -1 for a pseudo-cell; every pack is a slice of the arrays over them.

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data.random import BLOCKS, ROTATION, WINDOWS, below, permuted, stream
+from scfm.data.rows import SomeRows, rows_at
 from scfm.errors import ScfmError
+
+
+class Order(Protocol):
+    """Which cells make a global batch."""
+
+    @property
+    def cells_per_batch(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def drawn(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return the store rows of global batch k of an epoch, and the keys of their random draws, (n,)."""
+
+    def stages_of(self, k: int) -> range:
+        """Return the stages that hold the cells of global batch k."""
+
+    def rows_of_stage(self, epoch: int, stage: int) -> NDArray[np.int64]:
+        """Return the store rows of a stage, ascending, each once."""
+
+
+def enough_cells(n_cells: int, cells_per_batch: int) -> None:
+    """Raise ScfmError where cells do not fill one global batch."""
+    if n_cells < cells_per_batch:
+        raise ScfmError(
+            f"data.cells_per_batch: {cells_per_batch} cells per batch, but only {n_cells} cells to "
+            f"read; set data.cells_per_batch to at most {n_cells}"
+        )
 
 
 @dataclass(frozen=True)
@@ -20,7 +49,7 @@ class CellOrder:
     come as given and the last batch may be smaller.
 
     Attributes:
-        rows: the store rows to read, a range or (n,) int64.
+        rows: the store rows to read.
         cells_per_batch: cells in a global batch, over all ranks.
         seed: what the order depends on, besides the epoch.
         shuffle: whether rows are permuted.
@@ -29,7 +58,7 @@ class CellOrder:
         region: neighbouring cells that come together in an epoch, because fetching others costs much; 0 is all cells.
     """
 
-    rows: range | NDArray[np.int64]
+    rows: SomeRows
     cells_per_batch: int
     seed: int
     shuffle: bool = True
@@ -38,11 +67,8 @@ class CellOrder:
     region: int = 0
 
     def __post_init__(self) -> None:
-        if self.shuffle and len(self.rows) < self.cells_per_batch:
-            raise ScfmError(
-                f"data.cells_per_batch: {self.cells_per_batch} cells per batch, but only {len(self.rows)} cells to "
-                f"read; set data.cells_per_batch to at most {len(self.rows)}"
-            )
+        if self.shuffle:
+            enough_cells(len(self.rows), self.cells_per_batch)
 
     @property
     def cells_per_stage(self) -> int:
@@ -61,12 +87,12 @@ class CellOrder:
         n, first = len(self.rows), stage * self.cells_per_stage
         last = n if stage == self._stage(n - 1) else first + self.cells_per_stage
         if not self.shuffle:
-            return np.sort(self._rows_at(np.arange(first, last)))
+            return np.sort(rows_at(self.rows, np.arange(first, last)))
         n_blocks = n // self.block
         blocks = self._shuffled_blocks(epoch, np.arange(first // self.block, min(last // self.block, n_blocks)))
         slots = (blocks[:, None] * self.block + np.arange(self.block)).ravel()
         rest = np.arange(n_blocks * self.block, last)  # none but in the last stage
-        return np.sort(self._rows_at(self._rotated(epoch, np.concatenate([slots, rest]))))
+        return np.sort(rows_at(self.rows, self._rotated(epoch, np.concatenate([slots, rest]))))
 
     def _stage(self, position: int) -> int:
         whole = max(len(self.rows) // self.cells_per_stage, 1) - 1
@@ -85,12 +111,12 @@ class CellOrder:
         positions = np.arange(first, min(first + self.cells_per_batch, len(self.rows)), dtype=np.int64)
         if self.shuffle:
             positions = self._shuffled(epoch, positions)
-        return self._rows_at(positions)
+        return rows_at(self.rows, positions)
 
-    def _rows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        if isinstance(self.rows, range):
-            return self.rows.start + places * self.rows.step
-        return self.rows[places]
+    def drawn(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return the store rows of global batch k of an epoch, and the keys of their random draws: the rows."""
+        rows = self.batch(epoch, k)
+        return rows, rows.astype(np.uint64)
 
     def _shuffled(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the place among the rows of each position of the epoch."""

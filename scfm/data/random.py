@@ -51,7 +51,7 @@ def below(word: int, n: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _feistel(x: int, n: int, key: int) -> int:
+def feistel(x: int, n: int, key: int) -> int:
     """Return where a keyed permutation of range(n) sends x: a Feistel network that is walked until it falls below n."""
     bits = 2
     while (1 << bits) < n:
@@ -78,5 +78,5 @@ def permuted(positions: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64
     """
     images = np.empty(len(positions), np.int64)
     for i in range(len(positions)):
-        images[i] = _feistel(positions[i], n, key)
+        images[i] = feistel(positions[i], n, key)
     return images

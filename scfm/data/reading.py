@@ -8,9 +8,11 @@ Either way the order of the cells is known, so both begin before the cells are n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +26,7 @@ from scfm.errors import ScfmError
 IN_FLIGHT = 4  # reads at a time
 HOLE = 32  # cells that are read although nobody wants them, rather than read what is before and behind them apart
 
-Run = tuple[int, int, int]  # block, first place in it, place after the last
+Runs = NDArray[np.int64]  # (n, 3): block, first place in it, place after the last; by block
 Job = tuple[Path, int, memoryview]  # file, first byte, where the bytes go
 
 
@@ -105,12 +107,13 @@ class MapReader:
 
     def load(self, rows: NDArray[np.int64]) -> Rows:
         """Ask for the pages of ascending rows, and return the store. Raises ScfmError that names a file cut off."""
-        for b, first, last in _runs(self.store, rows):
+        for b, runs in groupby(_runs(self.store, rows).tolist(), itemgetter(0)):
             file, (index, arrays) = self.store.files[b], _arrays(self.store.blocks[b])
             descriptor = os.open(file.path, os.O_RDONLY)
-            for array, start in zip(arrays, file.starts, strict=True):
-                at, n_bytes = _span(index, array, start, first, last)
-                os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
+            for _, first, last in runs:
+                for array, start in zip(arrays, file.starts, strict=True):
+                    at, n_bytes = _span(index, array, start, first, last)
+                    os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
             os.close(descriptor)
         return self.store
 
@@ -133,15 +136,16 @@ class RunReader:
     def load(self, rows: NDArray[np.int64]) -> Loaded:
         """Read ascending rows. Raises ScfmError that names a file which cannot be read or ends too early."""
         runs = _runs(self.store, rows)
-        kinds: dict[tuple[type, ...], list[Run]] = {}
-        for run in runs:
-            kinds.setdefault(_kind(self.store.blocks[run[0]]), []).append(run)
+        kinds: dict[tuple[type, ...], list[int]] = {}
+        for b in np.unique(runs[:, 0]).tolist():
+            kinds.setdefault(_kind(self.store.blocks[b]), []).append(b)
+        groups = [runs[np.isin(runs[:, 0], members)] for members in kinds.values()]
         jobs: list[Job] = []
         memory: list[NDArray[np.uint8]] = []
-        blocks = [self._room(group, jobs, memory) for group in kinds.values()]
+        blocks = [self._room(group, jobs, memory) for group in groups]
         self._read(jobs)
-        ordered = [run for group in kinds.values() for run in group]
-        found = np.concatenate([self.store.first_rows[b] + np.arange(first, last) for b, first, last in ordered])
+        ordered = np.concatenate([np.empty((0, 3), np.int64), *groups])
+        found = np.repeat(self.store.first_rows[ordered[:, 0]], ordered[:, 2] - ordered[:, 1]) + _places(ordered)
         order = np.argsort(found, kind="stable")
         return Loaded(found[order], order, CellStore(self.store.vocabulary, self.store.value_kind, blocks), memory)
 
@@ -150,22 +154,27 @@ class RunReader:
         assert isinstance(loaded, Loaded)
         self._spare = [*self._spare, *loaded.memory][-4:]
 
-    def _room(self, runs: list[Run], jobs: list[Job], memory: list[NDArray[np.uint8]]) -> Block:
+    def _room(self, runs: Runs, jobs: list[Job], memory: list[NDArray[np.uint8]]) -> Block:
         """Return a block for runs of one kind, and add its memory and the jobs that fill it to those there are."""
-        indices = [_arrays(self.store.blocks[b])[0][first : last + 1] for b, first, last in runs]
-        sizes = np.array([index[-1] - index[0] for index in indices], np.int64)
+        lengths, places = runs[:, 2] - runs[:, 1], _places(runs)
+        spans, starts = np.empty((len(runs), 2), np.int64), np.empty(len(places), np.int64)
+        for b, of_runs, of_cells in _by_block(runs):
+            index = _arrays(self.store.blocks[b])[0]
+            spans[of_runs] = index[runs[of_runs, 1:]]
+            starts[of_cells] = index[places[of_cells]]
+        sizes = spans[:, 1] - spans[:, 0]
         bases = np.cumsum(sizes) - sizes
-        starts = [index[:-1] - index[0] + base for index, base in zip(indices, bases, strict=True)]
-        joined = np.concatenate([*starts, [sizes.sum()]])
-        kinds = [array.dtype for array in _arrays(self.store.blocks[runs[0][0]])[1]]
+        joined = np.append(starts + np.repeat(bases - spans[:, 0], lengths), sizes.sum())
+        kinds = [array.dtype for array in _arrays(self.store.blocks[runs[0, 0]])[1]]
         rooms = [self._empty(int(joined[-1]) * kind.itemsize) for kind in kinds]
         memory += rooms
+        for b, of_runs, _ in _by_block(runs):
+            file = self.store.files[b]
+            for room, kind, start in zip(rooms, kinds, file.starts, strict=True):
+                numbers = np.stack([spans[of_runs, 0], bases[of_runs], sizes[of_runs]]) * kind.itemsize
+                for at, base, size in numbers.T.tolist():
+                    jobs.append((file.path, start + at, room.data[base : base + size]))
         arrays = [room[: joined[-1] * kind.itemsize].view(kind) for room, kind in zip(rooms, kinds, strict=True)]
-        for (b, first, last), base, size in zip(runs, bases, sizes, strict=True):
-            file, (index, mapped) = self.store.files[b], _arrays(self.store.blocks[b])
-            for array, there, start in zip(arrays, mapped, file.starts, strict=True):
-                at, _ = _span(index, there, start, first, last)
-                jobs.append((file.path, at, array[base : base + size].view(np.uint8).data))
         return _rebuilt(self.store, runs, joined, arrays)
 
     def _empty(self, n_bytes: int) -> NDArray[np.uint8]:
@@ -185,25 +194,26 @@ class RunReader:
 
 
 def _read_all(jobs: list[Job]) -> None:
-    for path, at, into in jobs:
+    for path, spans in groupby(jobs, itemgetter(0)):
         try:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                while into:
-                    n = os.preadv(descriptor, [into], at)
-                    if n == 0:
-                        raise ScfmError(
-                            f"{path}: ends at byte {at:,}, before the cells that its index names; copy it again"
-                        )
-                    into, at = into[n:], at + n
+                for _, at, into in spans:
+                    while into:
+                        n = os.preadv(descriptor, [into], at)
+                        if n == 0:
+                            raise ScfmError(
+                                f"{path}: ends at byte {at:,}, before the cells that its index names; copy it again"
+                            )
+                        into, at = into[n:], at + n
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise ScfmError(f"{path}: cannot be read ({error})") from error
 
 
-def _runs(store: CellStore, rows: NDArray[np.int64]) -> list[Run]:
+def _runs(store: CellStore, rows: NDArray[np.int64]) -> Runs:
     """Return the runs of neighbouring cells that hold ascending rows; small holes are part of a run.
 
     Raises ScfmError where a file is not as long as when it was mapped: touching the map would then end the process.
@@ -215,8 +225,22 @@ def _runs(store: CellStore, rows: NDArray[np.int64]) -> list[Run]:
         if size != file.n_bytes:
             raise ScfmError(f"{file.path}: {size:,} bytes, but {file.n_bytes:,} when it was opened; copy it again")
     cuts = np.flatnonzero((np.diff(rows) > HOLE + 1) | (np.diff(block_of) > 0)) + 1
-    ends = zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True)
-    return [(int(block_of[i]), int(places[i]), int(places[j - 1]) + 1) for i, j in ends] if len(rows) else []
+    first, last = np.append(0, cuts)[: len(rows)], np.append(cuts, len(rows))[: len(rows)] - 1
+    return np.stack([block_of[first], places[first], places[last] + 1], axis=1)
+
+
+def _places(runs: Runs) -> NDArray[np.int64]:
+    """Return the place in its block of every cell of some runs, (cells,)."""
+    lengths = runs[:, 2] - runs[:, 1]
+    return np.arange(lengths.sum()) + np.repeat(runs[:, 1] - np.cumsum(lengths) + lengths, lengths)
+
+
+def _by_block(runs: Runs) -> Iterator[tuple[int, slice, slice]]:
+    """Yield each block of some runs, which of the runs are in it, and which of their cells."""
+    begins = np.flatnonzero(np.diff(runs[:, 0], prepend=-1))
+    cells = np.append(0, np.cumsum(runs[:, 2] - runs[:, 1]))
+    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(runs)], strict=True):
+        yield int(runs[begin, 0]), slice(begin, end), slice(int(cells[begin]), int(cells[end]))
 
 
 def _arrays(block: Block) -> tuple[NDArray[np.integer], list[NDArray]]:
@@ -237,26 +261,27 @@ def _kind(block: Block) -> tuple[type, ...]:
     return (type(block), *(array.dtype.type for array in _arrays(block)[1]))
 
 
-def _rebuilt(store: CellStore, runs: list[Run], starts: NDArray[np.int64], arrays: list[NDArray]) -> Block:
-    blocks = [store.blocks[b] for b, _, _ in runs]
-    packed = [block for block in blocks if isinstance(block, PackedBlock)]
-    if not packed:
+def _rebuilt(store: CellStore, runs: Runs, starts: NDArray[np.int64], arrays: list[NDArray]) -> Block:
+    blocks = {b: block for b, _, _ in _by_block(runs) if isinstance(block := store.blocks[b], PackedBlock)}
+    if not blocks:
         return CellBlock(starts, *arrays)
-    lengths = np.array([last - first for _, first, last in runs])
+    places = _places(runs)
     return replace(
-        packed[0],
+        next(iter(blocks.values())),
         starts=starts,
-        sizes=np.concatenate([block.sizes[first:last] for block, (_, first, last) in zip(packed, runs, strict=True)]),
+        sizes=np.concatenate([blocks[b].sizes[places[of_cells]] for b, _, of_cells in _by_block(runs)]),
         data=arrays[0],
-        genes=np.result_type(*{block.genes for block in packed}),
-        values=np.result_type(*{block.values for block in packed}),
-        name_of=_names(packed, runs, np.cumsum(lengths) - lengths),
+        genes=np.result_type(*{block.genes for block in blocks.values()}),
+        values=np.result_type(*{block.values for block in blocks.values()}),
+        name_of=_names(blocks, runs),
     )
 
 
-def _names(blocks: list[PackedBlock], runs: list[Run], firsts: NDArray[np.int64]) -> Callable[[int], str]:
+def _names(blocks: Mapping[int, PackedBlock], runs: Runs) -> Callable[[int], str]:
+    ends = np.cumsum(runs[:, 2] - runs[:, 1])
+
     def name_of(place: int) -> str:
-        run = int(np.searchsorted(firsts, place, side="right")) - 1
-        return blocks[run].name_of(runs[run][1] + place - int(firsts[run]))
+        b, _, last = runs[np.searchsorted(ends, place, side="right")].tolist()
+        return blocks[b].name_of(last - int(ends[ends > place][0]) + place)
 
     return name_of

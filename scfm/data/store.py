@@ -109,23 +109,37 @@ class ManyCodes:
     def _first_rows(self) -> NDArray[np.int64]:
         return np.cumsum([0, *(len(array) for array in self.arrays)], dtype=np.int64)
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         return np.result_type(np.int16, *{array.dtype for array in self.arrays})
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all arrays are there, or mapped: then asking costs nothing but the codes asked for."""
+        return all(isinstance(array, np.ndarray) for array in self.arrays)
+
     def __getitem__(self, rows: NDArray | Sequence[int] | slice) -> NDArray[np.integer]:
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            return self._between(*rows.indices(len(self))[:2])
         rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
         found = np.empty(len(rows), self.dtype)
         array_of = np.searchsorted(self._first_rows, rows, side="right") - 1
-        for a in np.unique(array_of):
-            here = array_of == a
+        order = np.argsort(array_of, kind="stable")
+        arrays, firsts = np.unique(array_of[order], return_index=True)
+        for a, here in zip(arrays.tolist(), np.split(order, firsts[1:]), strict=True):
             found[here] = self.arrays[a][rows[here] - self._first_rows[a]]
         return found
+
+    def _between(self, first: int, last: int) -> NDArray[np.integer]:
+        begin, end = np.searchsorted(self._first_rows, [first, max(last, first)], side="right") - 1
+        starts = zip(self.arrays[begin : end + 1], self._first_rows[begin:], strict=False)
+        parts = [np.asarray(array)[max(first - start, 0) : max(last - start, 0)] for array, start in starts]
+        return np.concatenate([np.empty(0, np.int16), *parts]).astype(self.dtype, copy=False)
 
     def __eq__(self, other: object) -> NDArray[np.bool_]:  # type: ignore[override]
         return np.asarray(self) == other
@@ -136,11 +150,14 @@ class ManyCodes:
         )
 
 
+Codes = NDArray[np.integer] | ManyCodes
+
+
 @dataclass(frozen=True)
 class ObsColumn:
     """A categorical obs column: (N,) integer codes (-1 for missing) and the category names."""
 
-    codes: NDArray[np.integer] | ManyCodes
+    codes: Codes
     categories: list[str]
 
 
@@ -175,12 +192,10 @@ class CellStore:
     def n_cells(self) -> int:
         return int(self.first_rows[-1])
 
-    def without_lost(self, rows: range | NDArray[np.int64]) -> range | NDArray[np.int64]:
-        """Return those of some rows that are not lost."""
-        for lost in self.lost:
-            array = np.asarray(rows)
-            rows = array[(array < lost.rows.start) | (array >= lost.rows.stop)]
-        return rows
+    @property
+    def lost_rows(self) -> NDArray[np.int64]:
+        """All rows that are lost, ascending."""
+        return np.concatenate([np.empty(0, np.int64), *(np.asarray(lost.rows, np.int64) for lost in self.lost)])
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the block of each row, and the row's place in it."""

@@ -47,8 +47,8 @@ def finetune(recipe: Recipe, resume: str | None = None) -> Path:
     store = shards.open()
     if store.vocabulary.hash != files.vocabulary.hash:
         raise ScfmError(
-            f"{shards.location}: its genes are numbered by another vocabulary than the model's; prepare them again "
-            f"with `scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
+            f"{shards.location}: its genes are numbered by another vocabulary than the model's; prepare the cells "
+            f"again with `scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
         )
     return run_on(recipe, files, store, {"manifest": shards.manifest}, resume)
 
@@ -73,11 +73,12 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
         default = RECIPES.get(model.files.model.name, "finetune/annotation.yaml")
         recipe = read_recipe(bundled(default), given, like(model.files))
         check(recipe)
+        label = (recipe.task or TaskConfig()).label
         store = store_from_anndata(
             adata,
             model.files.vocabulary,
             accept_normalised=model.files.value_kind == "normalised",
-            obs_columns=[(recipe.task or TaskConfig()).label, *recipe.cell_conditions],
+            obs_columns=[label, *recipe.cell_conditions, *([recipe.data.sample_by] if recipe.data.sample_by else [])],
         )
         tuned = load(run_on(recipe, model.files, store, {}, None))
         if "out" not in keys:  # the run is about to go: keep what is still read from it, and name no lost folder

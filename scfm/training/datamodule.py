@@ -6,24 +6,22 @@ Lightning loses the state of a loader in two ways (look-ahead batches, and loade
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from scfm.data.access import choose
 from scfm.data.batch import PackedBatch
 from scfm.data.loader import PackLoader
-from scfm.data.order import CellOrder
-from scfm.data.store import CellStore
+from scfm.data.order import CellOrder, Order
+from scfm.data.rows import SomeRows
+from scfm.data.sampling import SampledOrder, Sampling
+from scfm.data.store import CellStore, Codes
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
 from scfm.recipe import DataConfig
-
-Rows = range | NDArray[np.int64]
 
 
 class CellDataModule(L.LightningDataModule):
@@ -35,7 +33,7 @@ class CellDataModule(L.LightningDataModule):
         config: the recipe's data section.
         train_rows: rows of the store to train on.
         valid_rows: rows held out; may be empty.
-        cell_conditions: name -> (N,) int64 condition index of every row of the store.
+        cell_conditions: name -> (N,) condition index of every row of the store.
         seed: key of the order.
     """
 
@@ -44,9 +42,9 @@ class CellDataModule(L.LightningDataModule):
         store: CellStore,
         tokeniser: Tokeniser,
         config: DataConfig,
-        train_rows: Rows,
-        valid_rows: Rows,
-        cell_conditions: dict[str, NDArray[np.int64]],
+        train_rows: SomeRows,
+        valid_rows: SomeRows,
+        cell_conditions: Mapping[str, Codes],
         seed: int,
     ) -> None:
         super().__init__()
@@ -55,10 +53,22 @@ class CellDataModule(L.LightningDataModule):
         self.cell_conditions, self.seed = cell_conditions, seed
         self.loader: EpochLoader | None = None
         self.access = choose(store, config.read)
+        self.sampling: Sampling | None = None
+        if config.sample_by:
+            how = (config.sample_by, config.sample_power, config.sample_weights, config.sample_repeats)
+            self.sampling = Sampling.of(store, train_rows, *how, self.access.region)
 
-    def pack_loader(self, rows: Rows, *, shuffle: bool, rank: int, world_size: int) -> PackLoader:
-        """Return a loader over some rows, as one rank of several sees it."""
-        order = CellOrder(rows, self.config.cells_per_batch, self.seed, shuffle=shuffle, region=self.access.region)
+    @property
+    def said(self) -> list[str]:
+        """How cells are read and sampled, for the log."""
+        return [self.access.said, *([self.sampling.said] if self.sampling else [])]
+
+    def pack_loader(self, rows: SomeRows, *, shuffle: bool, rank: int, world_size: int) -> PackLoader:
+        """Return a loader over some rows, as one rank of several sees it; training rows come shuffled and sampled."""
+        size = self.config.cells_per_batch
+        order: Order = CellOrder(rows, size, self.seed, shuffle=shuffle, region=self.access.region)
+        if self.sampling and shuffle:
+            order = SampledOrder(self.sampling.groups, self.sampling.shares, size, self.seed)
         return PackLoader(
             self.store,
             order,
@@ -96,22 +106,25 @@ class CellDataModule(L.LightningDataModule):
     ) -> list[PackedBatch]:
         return [pack.to(device, non_blocking=True) for pack in batch]
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         trainer = self.trainer
         assert trainer is not None
         return self.identity() | {"batches": trainer.global_step}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
         for name, now in self.identity().items():
-            if state_dict[name] != now:
+            before = state_dict[name]
+            if before != now:
+                was, is_ = (f"{value:,}" if isinstance(value, int) else value for value in (before, now))
                 raise ScfmError(
-                    f"the checkpoint was trained with {name} {state_dict[name]:,}, this run has {now:,}; "
-                    "resume with the same seed, cells and global batch"
+                    f"the checkpoint was trained with {name} {was}, this run has {is_}; "
+                    "resume with the same seed, cells, sampling and global batch"
                 )
 
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, int | str]:
         """Return what the order of the cells depends on."""
         return {
+            "sampling": self.sampling.key if self.sampling else "of all cells alike",
             "seed": self.seed,
             "training cells": len(self.train_rows),
             "data.cells_per_batch": self.config.cells_per_batch,

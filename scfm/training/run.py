@@ -12,7 +12,6 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import Logger
-from numpy.typing import NDArray
 from torch import nn
 
 from scfm.baselines.majority_bin import majority_bin_accuracies
@@ -21,7 +20,8 @@ from scfm.ceiling import product_type
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.hashing import load_hashes
-from scfm.data.store import CellStore
+from scfm.data.rows import SomeRows, rows_at, without
+from scfm.data.store import CellStore, Codes, ManyCodes
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
@@ -38,7 +38,7 @@ from scfm.training.callbacks import (
     Progress,
     read_metrics,
 )
-from scfm.training.datamodule import CellDataModule, Rows
+from scfm.training.datamodule import CellDataModule
 from scfm.training.features import redraw_callbacks
 from scfm.training.launch import build_trainer, set_up_blocks
 from scfm.training.module import FoundationModule
@@ -58,7 +58,7 @@ class Job:
         objectives: the terms of the loss.
         train_rows: rows of the store to train on.
         valid_rows: rows held out.
-        cell_conditions: name -> (N,) int64 index of every row of the store.
+        cell_conditions: name -> (N,) index of every row of the store.
         notes: what the log says before the first step.
     """
 
@@ -67,9 +67,9 @@ class Job:
     network: nn.Module
     files: ModelFiles
     objectives: Sequence[Objective]
-    train_rows: Rows
-    valid_rows: Rows
-    cell_conditions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    train_rows: SomeRows
+    valid_rows: SomeRows
+    cell_conditions: dict[str, Codes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -134,8 +134,9 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_ou
     torch.manual_seed(recipe.seed)
     network = files.build()
     notes = [fill_gene_vectors(network, recipe, store.vocabulary)] if recipe.model.gene_table else []
-    rows = store.without_lost(range(store.n_cells))
-    held = len(store.without_lost(range(store.n_cells - held_out, store.n_cells)))
+    lost = store.lost_rows
+    held = held_out - int((lost >= store.n_cells - held_out).sum())
+    rows = without(store.n_cells, lost)
     if held_out and store.lost and held in (0, len(rows)):
         raise ScfmError(
             f"data.skip_damaged: all cells to {'train on' if held else 'validate on (held out when built)'} are in "
@@ -144,8 +145,9 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_ou
     train_rows, valid_rows = hold_out(
         len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=shuffled, held_out=held
     )
-    if not isinstance(rows, range):
-        train_rows, valid_rows = rows[np.asarray(train_rows)], rows[np.asarray(valid_rows)]
+    if len(lost):
+        valid_rows = rows_at(rows, np.asarray(valid_rows, np.int64))
+        train_rows = without(store.n_cells, np.union1d(lost, valid_rows))
     return Job(recipe, store, network, files, objectives, train_rows, valid_rows, cell_conditions, notes)
 
 
@@ -182,7 +184,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
     if trainer.is_global_zero:
         lost = [f"{len(lost.rows):,} cells are left out: {lost.why}" for lost in job.store.lost]
-        for line in (opening_line(job, trainer), data.access.said, *lost, *job.notes):
+        for line in (opening_line(job, trainer), *data.said, *lost, *job.notes):
             progress.say(trainer, line)
         if validates and run.resume_from is None and (found := measured_baselines(job, data)):
             metrics.log_metrics(found, step=0)
@@ -269,7 +271,9 @@ def token_config(recipe: Recipe) -> TokenConfig:
     )
 
 
-def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool, held_out: int = 0) -> tuple[Rows, Rows]:
+def hold_out(
+    n_cells: int, fraction: float, seed: int, *, shuffled: bool, held_out: int = 0
+) -> tuple[SomeRows, SomeRows]:
     """Return training and validation rows.
 
     Where whole groups (donors, sources) were held out when the shards were built, these are the last `held_out` cells
@@ -281,8 +285,8 @@ def hold_out(n_cells: int, fraction: float, seed: int, *, shuffled: bool, held_o
     n_train = n_cells - round(n_cells * fraction)
     if shuffled:
         return range(n_train), range(n_train, n_cells)
-    drawn = np.random.default_rng(seed).permutation(n_cells)
-    return np.sort(drawn[:n_train]), np.sort(drawn[n_train:])
+    drawn = np.sort(np.random.default_rng(seed).choice(n_cells, n_cells - n_train, replace=False, shuffle=False))
+    return without(n_cells, drawn), drawn
 
 
 def held_out_note(held_out: Mapping[str, Any], n_cells: int) -> str:
@@ -293,18 +297,25 @@ def held_out_note(held_out: Mapping[str, Any], n_cells: int) -> str:
     )
 
 
-def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
-    """Return the codes of obs columns and their category names. Raises ScfmError where one is absent or has gaps."""
-    indices, names = {}, {}
+def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, Codes], dict[str, list[str]]]:
+    """Return the codes of obs columns and their category names. Raises ScfmError where one is absent or has gaps.
+
+    Codes of mapped shards are read where they lie; those of shards that are fetched are copied, in their own type.
+    """
+    indices: dict[str, Codes] = {}
+    names = {}
     for column in columns:
         if column not in store.obs:
             raise ScfmError(
                 f"obs column {column!r}: is not in the data, which carry {sorted(store.obs)}; "
                 f"build the shards with `scfm prepare --obs {column}`"
             )
-        codes = np.asarray(store.obs[column].codes, np.int64)
-        if (codes < 0).any():
-            raise ScfmError(f"obs column {column!r}: {int((codes < 0).sum()):,} cells have no value in it")
+        codes = store.obs[column].codes
+        if isinstance(codes, ManyCodes) and not codes.in_memory:
+            codes = np.asarray(codes)
+        parts = codes.arrays if isinstance(codes, ManyCodes) else [codes]
+        if missing := sum(int((part < 0).sum()) for part in parts):
+            raise ScfmError(f"obs column {column!r}: {missing:,} cells have no value in it")
         indices[column], names[column] = codes, list(store.obs[column].categories)
     return indices, names
 

@@ -175,8 +175,7 @@ def test_a_damaged_shard_can_be_left_out(shards: Path, damage: str) -> None:
     assert store.n_cells == 80  # rows keep their numbers
     assert [lost.rows for lost in store.lost] == [range(50)]
     assert "00000.arrow: " in store.lost[0].why
-    assert np.asarray(store.without_lost(range(80))).tolist() == list(range(50, 80))
-    assert store.without_lost(np.array([3, 60, 49, 50])).tolist() == [60, 50]
+    assert store.lost_rows.tolist() == list(range(50))
     np.testing.assert_array_equal(as_csr(store)[50:], some_cells(30, 1).toarray())
     assert store.obs["cell_type"].codes[np.arange(50, 53)].tolist() == [-1, 0, 1]
 
@@ -190,7 +189,7 @@ def test_shards_that_are_all_damaged_are_an_error(shards: Path) -> None:
 
 def test_nothing_is_left_out_of_whole_shards(shards: Path) -> None:
     assert open_shards(shards, skip_damaged=True).lost == []
-    assert open_shards(shards).without_lost(range(80)) == range(80)
+    assert len(open_shards(shards).lost_rows) == 0
 
 
 @pytest.mark.parametrize("codec", ["list", "packed"])

@@ -13,14 +13,36 @@ import pytest
 from cells import GENES, made_up_cells
 
 from scfm.checkpoints.native import read_model
+from scfm.cli import main
 from scfm.data.hashing import load_hashes
 from scfm.training.callbacks import read_metrics
 
 PROCESSES = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
 
 
-def scfm(*arguments: object) -> str:
-    """Run the command line in a process of its own; return what it printed."""
+class CommandLine:
+    """Runs verbs as they are typed, in this process: importing everything costs a new one many seconds."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> str:
+        """Run one verb; return what it printed."""
+        self.capsys.readouterr()
+        code = main(list(map(str, arguments)))
+        printed = self.capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+
+@pytest.fixture
+def scfm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    monkeypatch.setenv("COLUMNS", "200")
+    return CommandLine(capsys)
+
+
+def in_a_process_of_its_own(*arguments: object) -> str:
+    """Run one verb where threads of this process are not in the way of those that it forks; return what it printed."""
     command = [sys.executable, "-m", "scfm.cli", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -29,7 +51,7 @@ def scfm(*arguments: object) -> str:
 
 
 @pytest.mark.distributed
-def test_two_sources_to_predicted_labels(tmp_path: Path) -> None:
+def test_two_sources_to_predicted_labels(tmp_path: Path, scfm: CommandLine) -> None:
     """Two sources -> shards -> 2-process pretraining -> model -> 2-process fine-tuning -> labels."""
     made_up_cells(100, seed=0).write_h5ad(tmp_path / "first.h5ad")
     made_up_cells(80, seed=1, genes=GENES[:50]).write_h5ad(tmp_path / "second.h5ad")
@@ -44,7 +66,7 @@ def test_two_sources_to_predicted_labels(tmp_path: Path) -> None:
 
     small = ["--model.width", 16, "--model.heads", 2, "--model.hidden", 16, "--data.cells_per_batch", 16]
     quick = ["--trainer.max_epochs", 4, "--optimizer.lr", 0.01, "--trainer.log_every_n_steps", 5]
-    log = scfm(
+    log = in_a_process_of_its_own(
         "pretrain", "--config", "recipes/pretrain/quickstart.yaml", "--data.shards", shards, "--out", pretrained,
         *small, *quick, *PROCESSES, "--model.cell_conditions", "[batch]",
     )  # fmt: skip
@@ -55,7 +77,7 @@ def test_two_sources_to_predicted_labels(tmp_path: Path) -> None:
         source["file"].endswith(("first.h5ad", "second.h5ad")) for source in model.training_data["manifest"]["sources"]
     ]
 
-    scfm(
+    in_a_process_of_its_own(
         "finetune", "--config", "recipes/finetune/annotation.yaml", "--from", pretrained / "model",
         "--data.shards", shards, "--out", tuned, *PROCESSES, "--trainer.max_epochs", 24, "--optimizer.lr", 0.01,
     )  # fmt: skip
@@ -69,7 +91,7 @@ def test_two_sources_to_predicted_labels(tmp_path: Path) -> None:
     assert anndata.read_h5ad(tmp_path / "embedded.h5ad").obsm["X_scfm"].shape == (60, 16)
 
 
-def test_evaluation_stands_beside_its_baselines(tmp_path: Path) -> None:
+def test_evaluation_stands_beside_its_baselines(tmp_path: Path, scfm: CommandLine) -> None:
     made_up_cells(90, seed=0).write_h5ad(tmp_path / "reference.h5ad")
     made_up_cells(60, seed=1).write_h5ad(tmp_path / "query.h5ad")
     scfm("prepare", tmp_path / "reference.h5ad", "--out", tmp_path / "shards")
@@ -102,7 +124,7 @@ def test_evaluation_stands_beside_its_baselines(tmp_path: Path) -> None:
         assert seen == ({(60, 0)} if folder == "across" else {(18, 18)})
 
 
-def test_scbert_small_pretrains_from_the_same_shards_and_embeds(tmp_path: Path) -> None:
+def test_scbert_small_pretrains_from_the_same_shards_and_embeds(tmp_path: Path, scfm: CommandLine) -> None:
     """The bundled recipe on shards as scGPT's, through the command line: baselines logged, cells embedded."""
     made_up_cells(120, seed=0).write_h5ad(tmp_path / "cells.h5ad")
     made_up_cells(20, seed=1).write_h5ad(tmp_path / "query.h5ad")

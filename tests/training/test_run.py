@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from runs import tiny_recipe, write_shards
 
 from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
+from scfm.recipe import check
 from scfm.training.run import hold_out, pretrain
 
 
@@ -50,3 +52,24 @@ def test_a_damaged_shard_stops_training_or_is_left_out_as_the_recipe_says(tmp_pa
     assert "60 cells are left out" in log
     assert "00001.arrow" in log
     assert "54 training and 6" in log
+
+
+def test_a_run_samples_by_group_and_says_so(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    pretrain(tiny_recipe(shards, tmp_path / "run", data={"sample_by": "batch", "sample_weights": {"batch1": 3.0}}))
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "cells are sampled by batch, 2 groups: batch0 is 50.0% of the cells and 25.0% of what is read" in log
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"sample_by": "batch", "sample_power": -1.0}, r"data\.sample_power: -1 must be at least 0"),
+        ({"sample_by": "batch", "sample_repeats": 0.5}, r"data\.sample_repeats: 0\.5 must be at least 1"),
+        ({"sample_by": "batch", "sample_weights": {"batch1": 0.0}}, r"data\.sample_weights: .* must be above 0"),
+        ({"sample_weights": {"batch1": 2.0}}, r"data\.sample_weights: .* data\.sample_by does not say"),
+    ],
+)
+def test_sampling_that_cannot_work_names_the_key(tmp_path: Path, data: dict[str, Any], key: str) -> None:
+    with pytest.raises(ScfmError, match=key):
+        check(tiny_recipe(tmp_path, tmp_path / "run", data=data))

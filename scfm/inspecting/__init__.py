@@ -1,0 +1,1 @@
+"""What is in a shard directory, as tables in a terminal and as a page."""
