@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
@@ -13,6 +14,18 @@ from scfm.data.reading import Reader, Several
 from scfm.data.store import Rows
 
 Part = tuple[NDArray[np.int64], Rows]
+TOGETHER = 512  # cells that are prepared at once; the calls for a small batch alone take longer than its cells
+
+
+def groups_of(order: Order, start: int) -> Iterator[range]:
+    """Yield the global batches from `start` on in groups of about 512 cells that lie in the same stages."""
+    most = max(1, TOGETHER // order.cells_per_batch)
+    while start < len(order):
+        last = start + 1
+        while last < min(start + most, len(order)) and order.stages_of(last) == order.stages_of(start):
+            last += 1
+        yield range(start, last)
+        start = last
 
 
 class Stages:

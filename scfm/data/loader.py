@@ -6,13 +6,12 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scfm.data.ahead import Stages
+from scfm.data.ahead import Stages, groups_of
 from scfm.data.batch import PackedBatch, Sizes
 from scfm.data.log_binning import check_logarithms
 from scfm.data.order import Order
@@ -40,7 +39,7 @@ class PackLoader:
         rank, world_size: this process, and how many share a global batch.
         reader: how cells that lie in files come into memory; None reads the store where it is.
         threads: threads that prepare batches.
-        prefetch: global batches prepared ahead.
+        prefetch: global batches prepared ahead; small ones are prepared in groups, one for each thread at least.
         pin_memory: put batches into page-locked memory.
 
     Raises ScfmError for normalised cells that are none of the logarithms that `data.values: log2` reads.
@@ -89,46 +88,67 @@ class PackLoader:
 
         Closing the iterator ends its threads; an error in a thread is raised here.
         """
-        numbers = iter(range(start, len(self)))
+        groups = groups_of(self.order, start)
         with ThreadPoolExecutor(self.threads, thread_name_prefix="scfm-loader") as pool:
             stages = None if self.reader is None else Stages(self.order, epoch, self.reader)
-            ahead: deque[Future[list[PackedBatch]]] = deque()
+            ahead: deque[tuple[range, Future[list[list[PackedBatch]]]]] = deque()
+
+            def fill_up() -> None:
+                while len(ahead) < self.threads or sum(len(ks) for ks, _ in ahead) < self.prefetch:
+                    if (ks := next(groups, None)) is None:
+                        return
+                    ahead.append((ks, pool.submit(self._prepare, epoch, ks, stages)))
+
             try:
-                ahead.extend(pool.submit(self.prepare, epoch, k, stages) for k in islice(numbers, self.prefetch))
-                for delivered in count(start):
-                    if not ahead:
-                        break
+                fill_up()
+                while ahead:
                     before = time.perf_counter()
-                    packs = ahead.popleft().result()
+                    ks, group = ahead.popleft()
+                    batches = group.result()
                     self.wait_seconds += time.perf_counter() - before
-                    if stages is not None:
-                        stages.delivered(delivered)
-                    ahead.extend(pool.submit(self.prepare, epoch, k, stages) for k in islice(numbers, 1))
-                    yield packs
+                    for k, packs in zip(ks, batches, strict=True):
+                        if stages is not None:
+                            stages.delivered(k)
+                        fill_up()
+                        yield packs
             finally:
-                for unwanted in ahead:
+                for _, unwanted in ahead:
                     unwanted.cancel()
                 if stages is not None:
                     stages.close()
 
-    def prepare(self, epoch: int, k: int, stages: Stages | None = None) -> list[PackedBatch]:
-        """Return this rank's packs of global batch k of an epoch, from cells that were read ahead if there are any."""
-        rows, keys = self.order.drawn(epoch, k)
-        store = self.store if stages is None else stages.of(k)
-        if self.keys is not None:
-            keys = self.keys[rows]
+    def prepare(self, epoch: int, k: int) -> list[PackedBatch]:
+        """Return this rank's packs of global batch k of an epoch."""
+        return self._prepare(epoch, range(k, k + 1), None)[0]
+
+    def _prepare(self, epoch: int, ks: range, stages: Stages | None) -> list[list[PackedBatch]]:
+        """Return this rank's packs of some global batches, whose cells all come from the same stages."""
+        store = self.store if stages is None else stages.of(ks.start)
+        drawn = [self.order.drawn(epoch, k) for k in ks]
+        rows_of = [rows for rows, _ in drawn]
+        rows = np.concatenate(rows_of)
+        keys = np.concatenate([keys for _, keys in drawn]) if self.keys is None else self.keys[rows]
         lengths, n_unknown = self.tokeniser.plan(store, rows, keys, epoch)
-        plan = deal(lengths, self.world_size, self.tokens_per_pack)
-        packs = plan[self.rank]
-        size = filled_length(lengths, plan, self.tokens_per_pack) if self.fill_packs else 0
 
         # The cells of all packs in a row, -1 for a pseudo-cell; every pack is a slice of the arrays over them.
-        rooms = [self._rooms(int(lengths[pack].sum()), size) for pack in packs]
-        seats = [np.append(pack, np.full(len(room), -1)) for pack, room in zip(packs, rooms, strict=True)]
+        seats: list[NDArray[np.int64]] = []
+        pseudo_sizes: list[int] = []
+        batch_of: list[int] = []  # of each pack
+        first = 0
+        for i, batch_rows in enumerate(rows_of):
+            of_batch = lengths[first : first + len(batch_rows)]
+            plan = deal(of_batch, self.world_size, self.tokens_per_pack)
+            size = filled_length(of_batch, plan, self.tokens_per_pack) if self.fill_packs else 0
+            for pack in plan[self.rank]:
+                room = self._rooms(int(of_batch[pack].sum()), size)
+                seats.append(np.append(pack + first, np.full(len(room), -1)))
+                pseudo_sizes += room
+                batch_of.append(i)
+            first += len(batch_rows)
         cells = np.concatenate(seats)
         real = cells >= 0
         sizes = lengths[cells].astype(np.int64)
-        sizes[~real] = [tokens for room in rooms for tokens in room]
+        sizes[~real] = pseudo_sizes
         ends = np.cumsum(sizes)
         starts = ends - sizes
 
@@ -150,8 +170,10 @@ class PackLoader:
         conditions = {
             name: np.where(real, codes[rows[cells]], 0).astype(np.int64) for name, codes in self.cell_conditions.items()
         }
-        batches, first = [], 0
-        for seat in seats:
+        unknown_of = np.add.reduceat(n_unknown, np.cumsum([0, *map(len, rows_of[:-1])]), dtype=np.int64)
+        prepared: list[list[PackedBatch]] = [[] for _ in ks]
+        first = 0
+        for seat, i in zip(seats, batch_of, strict=True):
             inside = slice(first, first + len(seat))
             tokens = slice(starts[first], ends[inside.stop - 1])
             boundaries = np.append(starts[inside], tokens.stop) - tokens.start
@@ -164,8 +186,8 @@ class PackLoader:
                 cell_id=torch.from_numpy(cell_id[inside]),
                 gene_conditions=_as_tensors(self.tokeniser.conditions_of(genes[tokens])),
                 cell_conditions=_as_tensors({name: codes[inside] for name, codes in conditions.items()}),
-                total_cells=len(rows),
-                total_unknown=int(n_unknown.sum()),
+                total_cells=len(rows_of[i]),
+                total_unknown=int(unknown_of[i]),
                 longest=self.tokeniser.longest,
                 levels=None if levels is None else torch.from_numpy(levels),
             )
@@ -174,9 +196,9 @@ class PackLoader:
             length, hidden = sizes[inside][real[inside]], n_unknown[seat[seat >= 0]].astype(np.int64)
             pairs = int((length * (length - hidden) + hidden).sum()), int(np.square(length).sum())
             batch.sizes = Sizes(int(length.sum()), len(length), int(hidden.sum()), *pairs)
-            batches.append(batch.pin_memory() if self.pin_memory else batch)
+            prepared[i].append(batch.pin_memory() if self.pin_memory else batch)
             first = inside.stop
-        return batches
+        return prepared
 
     def _rooms(self, tokens: int, size: int) -> list[int]:
         """Return the tokens of a pack's pseudo-cells: what is left, or one where the pack would be empty.

@@ -16,6 +16,9 @@ from scfm.errors import ScfmError
 class Order(Protocol):
     """Which cells make a global batch."""
 
+    @property
+    def cells_per_batch(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def drawn(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
@@ -59,7 +62,7 @@ class CellOrder:
     cells_per_batch: int
     seed: int
     shuffle: bool = True
-    block: int = 64
+    block: int = 32
     window: int = 1024
     region: int = 0
 

@@ -30,6 +30,8 @@ def deal(lengths: NDArray[np.int32], world_size: int, tokens_per_pack: int) -> l
             f"raise data.tokens_per_pack, or lower data.max_genes"
         )
     rounds = max(-(-int(lengths.sum(dtype=np.int64)) // (tokens_per_pack * world_size)), 1)
+    if rounds * world_size == 1:
+        return [[np.arange(len(lengths))]]
     longest_first = np.argsort(-lengths, kind="stable")
     pack_of, fits = _deal_greedily(lengths, longest_first, rounds * world_size, tokens_per_pack)
     while not fits:

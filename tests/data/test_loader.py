@@ -249,9 +249,12 @@ def test_threads_end_with_the_iterator(store: CellStore, end: str) -> None:
 
 
 def test_batches_are_prepared_ahead_but_not_without_bound(store: CellStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scfm.data.ahead.TOGETHER", 1)
     loader, prepared = loader_of(store, prefetch=2), []
-    prepare = loader.prepare
-    monkeypatch.setattr(loader, "prepare", lambda epoch, k, stages: (prepared.append(k), prepare(epoch, k))[1])
+    prepare = loader._prepare
+    monkeypatch.setattr(
+        loader, "_prepare", lambda epoch, ks, stages: (prepared.extend(ks), prepare(epoch, ks, stages))[1]
+    )
     batches = loader.batches(0)
     next(batches)
     deadline = time.monotonic() + 10
@@ -262,9 +265,10 @@ def test_batches_are_prepared_ahead_but_not_without_bound(store: CellStore, monk
 
 
 def test_waiting_is_measured(store: CellStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scfm.data.ahead.TOGETHER", 1)
     loader = loader_of(store, prefetch=1)
-    prepare = loader.prepare
-    monkeypatch.setattr(loader, "prepare", lambda epoch, k, stages: (time.sleep(0.05), prepare(epoch, k))[1])
+    prepare = loader._prepare
+    monkeypatch.setattr(loader, "_prepare", lambda *of_group: (time.sleep(0.05), prepare(*of_group))[1])
     assert loader.wait_seconds == 0
     list(loader.batches(0))
     assert 0.15 < loader.wait_seconds < 5

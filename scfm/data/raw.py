@@ -1,0 +1,78 @@
+"""Raw cells in the order of training, batch by batch: for models that make their own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from scfm.data.ahead import Stages, groups_of
+from scfm.data.order import CellOrder
+from scfm.data.reading import Reader
+from scfm.data.store import CellBlock, CellStore, Rows
+
+
+def raw_batches(
+    store: CellStore, order: CellOrder, epoch: int, reader: Reader | None = None, start: int = 0
+) -> Generator[tuple[NDArray[np.int64], CellBlock], None, None]:
+    """Yield global batch `start`, `start + 1`, ... of an epoch: its store rows, (n,), and these cells in that order.
+
+    Args:
+        store: where the cells lie.
+        order: which cells make a batch.
+        epoch: of the order.
+        reader: how cells that lie in files come into memory; None reads the store where it is.
+        start: number of the first batch.
+    """
+    stages = None if reader is None else Stages(order, epoch, reader)
+    try:
+        for ks in groups_of(order, start):
+            batches = [order.batch(epoch, k) for k in ks]
+            rows = np.concatenate(batches)
+            cells = _in_order(store if stages is None else stages.of(ks.start), rows)
+            at = 0
+            for k, batch in zip(ks, batches, strict=True):
+                if stages is not None:
+                    stages.delivered(k)
+                yield batch, cells.between(at, at + len(batch))
+                at += len(batch)
+    finally:
+        if stages is not None:
+            stages.close()
+
+
+def _in_order(cells: Rows, rows: NDArray[np.int64]) -> CellBlock:
+    """Return cells of any blocks as one block, in the order of `rows`."""
+    sizes = cells.n_genes(rows)
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    parts = list(cells.parts(rows))
+    if len(parts) == 1:
+        block, mine, places = parts[0]
+        in_turn = np.arange(block.n_cells)
+        if np.array_equal(mine, in_turn) and np.array_equal(places, in_turn):  # packed cells are decoded so
+            return block
+    genes = np.empty(offsets[-1], np.result_type(*(block.genes.dtype for block, _, _ in parts)))
+    values = np.empty(offsets[-1], np.result_type(*(block.values.dtype for block, _, _ in parts)))
+    for block, mine, places in parts:
+        _copy(block.offsets, block.genes, block.values, places, offsets[mine], genes, values)
+    return CellBlock(offsets, genes, values)
+
+
+@njit(nogil=True, cache=True)
+def _copy(
+    offsets: NDArray[np.integer],
+    genes: NDArray[np.unsignedinteger],
+    values: NDArray,
+    places: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    to_genes: NDArray[np.unsignedinteger],
+    to_values: NDArray,
+) -> None:
+    """Copy the rows at some places to where each starts in the last two arrays."""
+    for i in range(len(places)):
+        first, n = int(offsets[places[i]]), int(offsets[places[i] + 1]) - int(offsets[places[i]])
+        to_genes[starts[i] : starts[i] + n] = genes[first : first + n]
+        to_values[starts[i] : starts[i] + n] = values[first : first + n]
