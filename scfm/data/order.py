@@ -13,6 +13,10 @@ from scfm.data.rows import SomeRows, rows_at
 from scfm.errors import ScfmError
 
 
+BLOCK = 32  # neighbouring cells that are read together
+WINDOW = 512  # blocks whose cells mix: two windows are held at a time, 50 MB each where a cell takes 3 KB
+
+
 class Order(Protocol):
     """Which cells make a global batch."""
 
@@ -62,8 +66,8 @@ class CellOrder:
     cells_per_batch: int
     seed: int
     shuffle: bool = True
-    block: int = 32
-    window: int = 1024
+    block: int = BLOCK
+    window: int = WINDOW
     region: int = 0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scfm.data.groups import Groups, shares_of
-from scfm.data.order import enough_cells
+from scfm.data.order import BLOCK, WINDOW, enough_cells
 from scfm.data.random import BLOCKS, ROTATION, WINDOWS, below, feistel, stream
 from scfm.data.rows import SomeRows
 from scfm.data.store import CellStore
@@ -47,8 +47,8 @@ class SampledOrder:
     shares: NDArray[np.float64]
     cells_per_batch: int
     seed: int
-    block: int = 64
-    window: int = 1024
+    block: int = BLOCK
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
         enough_cells(len(self.groups), self.cells_per_batch)
