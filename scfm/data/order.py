@@ -12,7 +12,6 @@ from scfm.data.random import BLOCKS, ROTATION, WINDOWS, below, permuted, stream
 from scfm.data.rows import SomeRows, rows_at
 from scfm.errors import ScfmError
 
-
 BLOCK = 32  # neighbouring cells that are read together
 WINDOW = 512  # blocks whose cells mix: two windows are held at a time, 50 MB each where a cell takes 3 KB
 
