@@ -31,7 +31,7 @@ def build(folder: Path) -> None:
 def deliver(what: str, folder: Path, mode: str, block: int, cells: int) -> None:
     """Deliver batches of 64: with one thread that makes tokens, and those that read ahead.
 
-    A block of 32 cells is the default, whose cells mix in windows of 1,024 blocks; a block of 1 is true random order,
+    A block of 32 cells is the default, whose cells mix in windows of 512 blocks; a block of 1 is true random order,
     in windows of 4,096.
     """
     import numpy as np
