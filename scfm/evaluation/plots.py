@@ -96,7 +96,7 @@ def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
     with new_figure(7.2, 0.55 + 0.34 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
         for axis, metric in zip(axes, metrics, strict=True):
             for y, name in enumerate(names):
-                values = np.array([run.scores.values[metric] for run in comparison.runs_of(name)])
+                values = np.array([run.values[metric] for run in comparison.runs_of(name)])
                 axis.plot([values.mean()] * 2, [y - 0.27, y + 0.27], color=colours[name], lw=2.2, solid_capstyle="butt")
                 axis.scatter(values, np.full(len(values), y), s=22, color=colours[name], alpha=0.55, lw=0)
             axis.set_title(METRICS[metric].title)
