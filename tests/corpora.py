@@ -98,6 +98,11 @@ SIZES = (300, 200, 250)
 OPTIONS = ["--obs", "cell_name", "--cells-per-shard", "60", "--hold-out-by", "donor_id", "--hold-out-fraction", "0.1"]
 
 
+def interrupt(*_: object) -> None:
+    """Stand in for a step of a build that the user stops."""
+    raise KeyboardInterrupt
+
+
 def prepared(sources: Path, out: Path, **options: object) -> None:
     keys = {"obs": ["cell_name"], "cells_per_shard": 60, "hold_out_by": "donor_id", "hold_out_fraction": 0.1}
     prepare([sources], out, **(keys | options))  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from scfm.data.fetching import FetchedBlock, FetchingReader
 from scfm.data.reading import MapReader, Reader, RunReader
-from scfm.data.remote import FetchedBlock, FetchingReader
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 

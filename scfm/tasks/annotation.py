@@ -47,8 +47,8 @@ def finetune(recipe: Recipe, resume: str | None = None) -> Path:
     store = shards.open()
     if store.vocabulary.hash != files.vocabulary.hash:
         raise ScfmError(
-            f"{shards.location}: its genes are numbered by another vocabulary than the model's; prepare them again "
-            f"with `scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
+            f"{shards.location}: its genes are numbered by another vocabulary than the model's; prepare the cells "
+            f"again with `scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
         )
     return run_on(recipe, files, store, {"manifest": shards.manifest}, resume)
 

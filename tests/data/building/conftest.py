@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from corpora import SIZES, corpus, prepared, profiles, unchanged
+from corpora import SIZES, corpus, interrupt, prepared, profiles, unchanged
 
 from scfm.data.building import build as build_module
 from scfm.data.building import workers as workers_module
@@ -38,7 +36,7 @@ def stopped(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smal
     """A build of a copy of the sources, stopped after all of its units; return where it is to stand."""
     shutil.copytree(sources, tmp_path / "files")
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.Build, "_make_shards", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(build_module.Build, "_make_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepared(tmp_path / "files", tmp_path / "out")
     return tmp_path / "out"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from corpora import OPTIONS, SIZES, build_process, equal, finished, prepared, profiles, write_source
+from corpora import OPTIONS, SIZES, build_process, equal, finished, interrupt, prepared, profiles, write_source
 
 from scfm.data.building import build as build_module
 from scfm.data.building.directory import Interrupted
@@ -37,9 +37,6 @@ def test_units_and_processes_change_nothing(
 def test_a_build_that_dies_before_a_stage_goes_on(
     sources: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(build_module.Build, stage, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -52,9 +49,6 @@ def test_a_build_that_dies_before_a_stage_goes_on(
 def test_a_build_that_dies_while_it_tidies_up_is_finished(
     sources: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "remove", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -105,7 +99,7 @@ def test_a_changed_source_is_refused_until_the_build_begins_anew(stopped: Path) 
 def test_a_vocabulary_that_changed_is_refused(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "genes.txt").write_text("G000\nG001\n")
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.Build, "_make_shards", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(build_module.Build, "_make_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepared(sources, tmp_path / "out", vocabulary=tmp_path / "genes.txt")
     (tmp_path / "genes.txt").write_text("G000\nG002\n")
