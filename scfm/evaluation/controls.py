@@ -109,7 +109,7 @@ class Oracle:
         known: cell name -> label.
     """
 
-    name = "oracle"
+    name = "true labels"
 
     def __init__(self, known: dict[str, str]) -> None:
         self.known = known

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scfm.baselines.majority_bin import majority_bins_of
 from scfm.evaluation.metrics import METRICS
+from scfm.evaluation.protocol import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,30 +83,35 @@ def new_figure(
 
 
 def _colours(comparison: Comparison) -> dict[str, str]:
-    """Return a colour per method: models in warm tones, the best baseline darkest among cool greys."""
-    warm, cool = ("#c2410c", "#f59e0b", "#be185d"), ("#0f4c75", "#5b8db8", "#a8b3c1")
-    ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, "macro_f1").mean)
+    """Return a colour per method: models in warm tones, the best baseline darkest among blues, controls in grey."""
+    warm, cool = ("#c2410c", "#f59e0b", "#be185d", "#7c2d12", "#eab308"), ("#0f4c75", "#3d7ea6", "#5b8db8", "#a8b3c1")
+    main = comparison.protocol.main
+    ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, main).mean)
     colours = {name: warm[k % len(warm)] for k, name in enumerate(comparison.names("model"))}
-    return colours | {name: cool[min(k, len(cool) - 1)] for k, name in enumerate(ranked)}
+    colours |= {name: cool[min(k, len(cool) - 1)] for k, name in enumerate(ranked)}
+    return colours | dict.fromkeys(comparison.names("negative control", "positive control"), FAINT)
 
 
 def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
-    """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric."""
+    """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric, a rule between the kinds."""
     colours = _colours(comparison)
-    names = list(comparison.kinds)[::-1]
-    with new_figure(7.2, 0.55 + 0.34 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
+    names = comparison.ranked(*KINDS)[::-1]
+    with new_figure(7.2, 0.55 + 0.29 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
         for axis, metric in zip(axes, metrics, strict=True):
             for y, name in enumerate(names):
                 values = np.array([run.values[metric] for run in comparison.runs_of(name)])
                 axis.plot([values.mean()] * 2, [y - 0.27, y + 0.27], color=colours[name], lw=2.2, solid_capstyle="butt")
                 axis.scatter(values, np.full(len(values), y), s=22, color=colours[name], alpha=0.55, lw=0)
+                if y and comparison.kinds[name] != comparison.kinds[names[y - 1]]:
+                    axis.axhline(y - 0.5, color=RULE, lw=0.8)
             axis.set_title(METRICS[metric].title)
-            axis.set_xlim(0, 1.02)
+            axis.set_xlim(min(0, axis.get_xlim()[0]), 1.02)
             axis.grid(axis="x")
             axis.spines["left"].set_visible(False)
         axes[0].set_yticks(range(len(names)), names)
         for text, name in zip(axes[0].get_yticklabels(), names, strict=True):
             text.set_fontweight("bold" if comparison.kinds[name] == "model" else "normal")
+            text.set_color(FAINT if comparison.kinds[name].endswith("control") else INK)
     return drawn.getvalue()
 
 
@@ -211,7 +217,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
     """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
     colours = _colours(comparison)
     order = np.argsort(comparison.support, kind="stable")
-    names = list(comparison.kinds)
+    names = comparison.ranked("model", "baseline")
     with new_figure(7.2, 1.1 + 0.36 * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
             scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
