@@ -288,6 +288,14 @@ def compare(
     held_out = set(cells.truth[np.concatenate([split.test for split in splits])])
     listed = [str(name) for name in labels if name in held_out]
 
+    counted_before = {
+        (name, k): leakage_of(known, cells, split.test)
+        for name, known in (trained_on or {}).items()
+        for k, split in enumerate(splits)
+    }
+    if strict:
+        for (name, _), leakage in counted_before.items():
+            refuse_leakage(name, leakage)
     runs: list[Run] = []
     duplicates: list[Leakage] = []
     for k, split in enumerate(splits):
@@ -295,16 +303,13 @@ def compare(
             duplicates.append(count_leakage(cell_hashes[split.test], np.sort(cell_hashes[split.train])))
         for method, kind in candidates:
             say(f"seed {split.seed}: {method.name}")
-            before = (trained_on or {}).get(method.name)
-            leakage = None if before is None else leakage_of(before, cells, split.test)
-            if strict and kind == "model" and before is not None:
-                refuse_leakage(method.name, leakage)
+            leakage, said_before = counted_before.get((method.name, k)), (method.name, k) in counted_before
             run = _run(protocol, method, kind, cells, split, k, listed)
-            if before is None and isinstance(method, Pretrained) and (known := method.training_hashes) is not None:
+            if not said_before and isinstance(method, Pretrained) and (known := method.training_hashes) is not None:
                 if cell_hashes is None:
                     raise ScfmError(f"{method.name} knows its training cells: pass cell_hashes to check for leakage")
                 leakage = count_leakage(cell_hashes[split.test], known)
-            if strict and kind == "model" and before is None and run.failure is None:
+            if strict and kind == "model" and not said_before and run.failure is None:
                 refuse_leakage(method.name, leakage)
             runs.append(replace(run, leakage=leakage))
     return Comparison(
