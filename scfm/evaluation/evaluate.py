@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from scfm.errors import ScfmError
-
-if TYPE_CHECKING:
-    from scfm.evaluation.harness import Comparison
+from scfm.evaluation import asked
+from scfm.evaluation.harness import Comparison, compare
+from scfm.evaluation.leakage import TrainedOn
+from scfm.evaluation.protocol import Kind, LabelledCells, Method, ModelInput
+from scfm.evaluation.protocols import protocol_of
+from scfm.evaluation.report import print_report, write_report
 
 
 def evaluate(
@@ -53,12 +55,6 @@ def evaluate(
         strict: Refuse models that were trained on held-out cells, or do not say what they were trained on.
     """
     from scfm.data.hashing import store_hashes
-    from scfm.evaluation import asked
-    from scfm.evaluation.harness import compare
-    from scfm.evaluation.leakage import TrainedOn
-    from scfm.evaluation.protocol import Kind, LabelledCells, Method, ModelInput
-    from scfm.evaluation.protocols import protocol_of
-    from scfm.evaluation.report import print_report, write_report
     from scfm.pretrained import load
     from scfm.recipe_reader import read_yaml
 
