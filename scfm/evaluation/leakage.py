@@ -15,7 +15,7 @@ from scfm.errors import ScfmError
 if TYPE_CHECKING:
     from scfm.evaluation.protocol import LabelledCells
 
-DATASET = "dataset_id"  # the obs column of CELLxGENE files, and what manifests call the same
+DATASET, DONOR = "dataset_id", "donor_id"  # obs columns of CELLxGENE files, and what manifests call the same
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class TrainedOn:
     @classmethod
     def of(cls, training_data: dict[str, Any], hashes: NDArray[np.uint64] | None, cells: NDArray[np.uint64]) -> TrainedOn:
         """Read it off what a model directory says: `training_data.json`, of all stages of training, and `cells.hash`."""
-        datasets: set[str] = set()
-        donors: set[str] = set()
+        named: dict[str, set[str]] = {DATASET: set(), DONOR: set()}
         for manifest in _manifests(training_data):
             held = manifest.get("held_out") or {"by": None, "groups": []}
             for source in manifest["sources"]:
                 if held["by"] == "source" and source["file"] in held["groups"]:
                     continue
-                provenance = source["provenance"]
-                named = {provenance.get(DATASET), *provenance.get("datasets", {})} - {None}
-                datasets |= named - (set(held["groups"]) if held["by"] == DATASET else set())
-                of_source = set(source.get("donors", ()))
-                donors |= of_source - (set(held["groups"]) if held["by"] == "donor_id" else set())
-        return cls(hashes, cells, frozenset(datasets), frozenset(donors))
+                origins, provenance = source.get("origins", {}), source["provenance"]
+                of_file = {provenance.get(DATASET), *provenance.get("datasets", {})} - {None}
+                for column, names in named.items():
+                    found = {*origins.get(column, ()), *(of_file if column == DATASET else ())}
+                    # groups that were held out when the shards were built were never trained on
+                    names |= found - set(held["groups"] if held["by"] == column else ())
+        return cls(hashes, cells, frozenset(named[DATASET]), frozenset(named[DONOR]))
 
 
 def _manifests(training_data: dict[str, Any]) -> Iterator[dict[str, Any]]:

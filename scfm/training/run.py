@@ -20,7 +20,7 @@ from scfm.baselines.mean_value import baselines_of, mean_value_losses
 from scfm.ceiling import product_type
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
-from scfm.data.hashing import load_hashes
+from scfm.data.hashing import load_hashes, row_hashes, without
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
@@ -96,7 +96,9 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     if held_out:
         job.notes.append(held_out_note(held_out, len(job.valid_rows)))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
-    job.files.cell_hashes = load_hashes(shards.index / "cells.hash")
+    # cells.hash of the shards has all cells; those that only chose the checkpoint were never trained on
+    validated = row_hashes(store, np.asarray(job.valid_rows, np.int64))
+    job.files.cell_hashes = without(load_hashes(shards.index / "cells.hash"), validated)
     return fit(job, open_run(recipe, resume))
 
 
