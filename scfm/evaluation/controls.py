@@ -176,3 +176,68 @@ class SplitHalf:
             columns = [self.classes.index(name) for name in model.classes]
             probabilities[np.ix_(~side, columns)] = found
         return predicted.astype(str), probabilities
+
+
+class NoiseEmbedding:
+    """Independent random numbers in place of an embedding: batches are mixed perfectly, and so are types."""
+
+    name = "noise embedding"
+
+    def describe(self) -> str:
+        return f"{NOISE_WIDTH} independent standard normal numbers for each cell"
+
+    def fit_embed(self, adata: AnnData, batch: str | None, seed: int) -> NDArray[np.float32]:
+        return noise(adata, seed)
+
+
+class ShuffledCells:
+    """A real embedding whose cells changed places: its shape says nothing of the cells."""
+
+    name = "shuffled cells"
+
+    def describe(self) -> str:
+        return "HVG + PCA, its rows dealt to the cells at random"
+
+    def fit_embed(self, adata: AnnData, batch: str | None, seed: int) -> NDArray[np.float32]:
+        from scfm.baselines import HVGPCA
+
+        return np.random.default_rng(seed).permutation(HVGPCA().fit_embed(adata, batch, seed))
+
+
+class TrueLabels:
+    """Every type at a corner of its own, cells of all batches around it: what integration can reach at best.
+
+    Args:
+        labels: (n,) types of the cells.
+    """
+
+    name = "true labels"
+    spread = 0.05  # of a corner's distance to the origin, so that cells of a type are not all the same point
+
+    def __init__(self, labels: NDArray[np.str_]) -> None:
+        self.labels = labels
+
+    def describe(self) -> str:
+        return "each type at a corner of its own, with a little noise around it"
+
+    def fit_embed(self, adata: AnnData, batch: str | None, seed: int) -> NDArray[np.float32]:
+        _, code = np.unique(self.labels, return_inverse=True)
+        corners = np.eye(code.max() + 1, dtype=np.float32)[code]
+        return corners + self.spread * np.random.default_rng(seed).standard_normal(corners.shape).astype(np.float32)
+
+
+class Untrained:
+    """The cell embedding of a model's network whose weights are random.
+
+    Args:
+        model: model directory, of which nothing but the form is taken.
+    """
+
+    def __init__(self, model: Path, name: str = "random weights") -> None:
+        self.name, self.embed = name, random_weights(model)
+
+    def describe(self) -> str:
+        return "cell embedding of the same network with random weights, never trained"
+
+    def fit_embed(self, adata: AnnData, batch: str | None, seed: int) -> NDArray[np.float32]:
+        return self.embed(adata, seed)

@@ -131,6 +131,7 @@ class EvaluationProtocol(ABC):
         question: what is asked, a sentence for the page.
         transductive: whether methods see the test cells while they are fitted (their labels they never see).
         metrics: keys of METRICS in the order of the table.
+        further: more metrics, for a table of their own.
         headline: metrics on which a verdict is given, with an interval.
         terminal: metrics that the printed table has room for.
         main: the metric by which the best model and the best baseline are picked for figures.
@@ -142,6 +143,7 @@ class EvaluationProtocol(ABC):
     question: ClassVar[str]
     transductive: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]]
+    further: ClassVar[tuple[str, ...]] = ()
     headline: ClassVar[tuple[str, ...]]
     terminal: ClassVar[tuple[str, ...]]
     main: ClassVar[str]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from scfm.errors import ScfmError
 from scfm.evaluation.protocol import EvaluationProtocol
 from scfm.evaluation.protocols.annotation import Annotation
+from scfm.evaluation.protocols.integration import Integration
 
-PROTOCOLS: dict[str, type[EvaluationProtocol]] = {protocol.name: protocol for protocol in (Annotation,)}
+PROTOCOLS: dict[str, type[EvaluationProtocol]] = {protocol.name: protocol for protocol in (Annotation, Integration)}
 
 
 def protocol_of(task: str) -> EvaluationProtocol:
