@@ -22,6 +22,7 @@ from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.gene_attention import GeneAttention
 from scfm.model.heads import HeadSpec
+from scfm.model.novelty import UNASSIGNED, novelty
 from scfm.model.precision import Precision, at_precision
 from scfm.version import __version__
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from scfm.data.gene_table import GeneTable
 
 EMBEDDING = "X_scfm"
-UNASSIGNED = "Unassigned"
 CELLS_PER_BATCH = 256
 
 
@@ -100,7 +100,8 @@ class PretrainedModel:
         """Write predicted labels and their probabilities, and return `adata`.
 
         For a head named `annotation`: `.obs["annotation"]`, `.obs["annotation_probability"]`, and all probabilities in
-        `.obsm["annotation_probabilities"]`, columns in the order of `.uns["scfm"]["labels"]["annotation"]`.
+        `.obsm["annotation_probabilities"]`, columns in the order of `.uns["scfm"]["labels"]["annotation"]`. A head that
+        knows novel types labels them `Unassigned`, and writes how novel a cell is into `.obs["annotation_novelty"]`.
         With `gene_attention`, `.layers["gene_attention"]` (cells, genes of `adata`) says how much each gene is read by
         the others of its cell (see `scfm.gene_attention`).
 
@@ -111,7 +112,8 @@ class PretrainedModel:
             genes: as for `embed`.
             precision: as for `embed`.
             unassigned_below: cells whose largest probability is lower are labelled `Unassigned` (scBERT's rule for
-                novel types, with 0.5); probabilities stay as they are.
+                novel types, with 0.5), in place of a head's own rule (`task.novel_types`); 0 labels every cell.
+                Probabilities stay as they are.
             gene_attention: whether to write how much each gene is attended to; only mixers, those of scBERT, tell.
 
         Raises:
@@ -121,7 +123,7 @@ class PretrainedModel:
         if unassigned_below is not None and not 0 <= unassigned_below <= 1:
             raise ScfmError(f"unassigned_below: {unassigned_below} is not a probability; it lies between 0 and 1")
         network = self.network_at(precision)
-        heads = [head for head in self.files.heads if head.kind in ("cls", "genes") and head.n_out > 1]
+        heads = [head for head in self.files.heads if head.tells_classes]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
         store = self.store(adata, accept_normalised, genes)
@@ -155,8 +157,12 @@ class PretrainedModel:
         probabilities = softmax(logits, axis=1)  # (N, C)
         best, largest = np.array(head.labels, dtype=object)[probabilities.argmax(axis=1)], probabilities.max(axis=1)
         names = list(head.labels)
-        if unassigned_below is not None:
-            best[largest < unassigned_below] = UNASSIGNED
+        rejected = None if unassigned_below is None else largest < unassigned_below
+        if head.novelty is not None and head.threshold is not None:
+            adata.obs[f"{head.task}_novelty"] = score = novelty(logits, head.novelty)
+            rejected = score > head.threshold if rejected is None else rejected
+        if rejected is not None:
+            best[rejected] = UNASSIGNED
             names = list(dict.fromkeys([*names, UNASSIGNED]))
         adata.obs[head.task] = pd.Categorical(best, categories=names)
         adata.obs[f"{head.task}_probability"] = largest
@@ -250,8 +256,9 @@ class PretrainedModel:
         conditions: dict[str, NDArray[np.int64]],
         tokens_per_pack: int,
         cells_per_batch: int = CELLS_PER_BATCH,
+        rows: NDArray[np.int64] | None = None,
     ) -> Iterator[PackedBatch]:
-        """Yield packs of all cells in turn, nothing hidden.
+        """Yield packs of all cells, or of some rows, in turn, nothing hidden.
 
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
         """
@@ -259,7 +266,7 @@ class PretrainedModel:
         keys = store_hashes(store)
         loader = PackLoader(
             store,
-            CellOrder(range(store.n_cells), cells_per_batch, seed=tokens.seed, shuffle=False),
+            CellOrder(range(store.n_cells) if rows is None else rows, cells_per_batch, tokens.seed, shuffle=False),
             replace(self.files, value_kind=store.value_kind).tokeniser(tokens),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
             cell_conditions=conditions,
