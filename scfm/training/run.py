@@ -27,6 +27,7 @@ from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
+from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import ModelConfig, Recipe, check
 from scfm.training.callbacks import (
@@ -206,7 +207,7 @@ def measured_baselines(job: Job, data: CellDataModule) -> dict[str, float]:
 def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
     """Return what a trainer takes: the network set up to train, and its cells."""
     recipe = job.recipe
-    set_trainable(job.network, recipe.trainable)
+    choose_trainable(job.network, recipe)
     set_up_blocks(job.network, recipe.trainer)
     data = CellDataModule(
         job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
@@ -219,9 +220,16 @@ def export(job: Job, run: RunDirectory, best: str) -> None:
     if best:
         weights = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
         job.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
+    merge_lora(job.network)
+    metrics = read_metrics(run.metrics)
+    loss_curves(metrics, run.plots / "losses.png", baselines_of(metrics))
+    write_model_directory(job, run)
+
+
+def write_model_directory(job: Job, run: RunDirectory) -> None:
+    """Write the native model directory of a job, and its card, from the weights that its network has."""
     metrics = read_metrics(run.metrics)
     baselines = baselines_of(metrics)
-    loss_curves(metrics, run.plots / "losses.png", baselines)
     job.files.card = model_card(
         job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters())
     )
@@ -309,6 +317,16 @@ def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, NDAr
             raise ScfmError(f"obs column {column!r}: {int((codes < 0).sum()):,} cells have no value in it")
         indices[column], names[column] = codes, list(store.obs[column].categories)
     return indices, names
+
+
+def choose_trainable(network: nn.Module, recipe: Recipe) -> None:
+    """Train what a recipe says: the parameters that `trainable` names, or low-rank updates of LoRA and the heads."""
+    task = recipe.task
+    if task is None or task.setting != "lora":
+        set_trainable(network, recipe.trainable)
+        return
+    add_lora(network, task.lora.rank, task.lora.alpha, task.lora.layers)
+    set_trainable(network, [*UPDATES, "heads.*"])
 
 
 def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
