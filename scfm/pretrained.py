@@ -131,7 +131,8 @@ class PretrainedModel:
             raise ScfmError(f"unassigned_below: {unassigned_below} is not a probability; it lies between 0 and 1")
         if gene_attention and orthologs is not None:
             raise ScfmError(
-                "gene_attention: names the genes of the cells; translate them first: Orthologs.translate(adata, model.files.vocabulary)"
+                "gene_attention: names the genes of the cells, and orthologs are named as the model's; translate the "
+                "cells first: orthologs.translate(adata, model.files.vocabulary)"
             )
         network = self.network_at(precision)
         heads = [head for head in self.files.heads if head.tells_classes]
