@@ -43,14 +43,14 @@ class FineTuned:
     def __init__(
         self,
         name: str,
-        model: Path,
-        runs: Path,
+        model: str | Path,
+        runs: str | Path,
         sections: dict[str, Any] | None = None,
         setting: str | None = None,
     ) -> None:
         self.name = name
-        self.model = model
-        self.runs = runs
+        self.model = Path(model)
+        self.runs = Path(runs)
         self.sections = merged(sections or {}, {"task": {"setting": setting}} if setting else {})
         self.setting = self.sections.get("task", {}).get("setting", "full")
         if self.setting not in SETTINGS:
@@ -100,7 +100,7 @@ class FineTuned:
 
 
 def annotation_method(
-    name: str, model: Path, runs: Path, setting: str = "full", sections: dict[str, Any] | None = None
+    name: str, model: str | Path, runs: str | Path, setting: str = "full", sections: dict[str, Any] | None = None
 ) -> FineTuned:
     """Return a pretrained model as an annotator in one of the SETTINGS: zero_shot, probe, full, scratch or lora.
 
