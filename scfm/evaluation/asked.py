@@ -106,7 +106,9 @@ def splits_of(
     """
     if protocol.transductive:
         if split != "random" or held_out:
-            raise ScfmError(f"--split: {protocol.name} is transductive, methods see all cells; there is nothing to hold out")
+            raise ScfmError(
+                f"--split: {protocol.name} is transductive, methods see all cells; there is nothing to hold out"
+            )
         return [AllCells.of(len(cells.truth), seed) for seed in range(seeds)]
     if split == "random":
         if held_out:

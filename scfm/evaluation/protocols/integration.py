@@ -147,9 +147,7 @@ class Integration(EvaluationProtocol):
         if known is None:  # the outcome is kept with its parts, so that no other can come to have its id
             cells, embedding = comparison.cells, run.outcome.embedding
             assert cells.batches is not None
-            known = run.outcome, EmbeddingParts.of(
-                embedding, cells.truth, cells.batches, self.before(cells), run.seed
-            )
+            known = run.outcome, EmbeddingParts.of(embedding, cells.truth, cells.batches, self.before(cells), run.seed)
             self._parts[id(run.outcome)] = known
         parts = known[1]
         return lambda weights: parts.scores(weights)[metric]
