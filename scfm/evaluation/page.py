@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from scfm.evaluation.harness import Comparison, Summary
-from scfm.evaluation.metrics import METRICS
+from scfm.evaluation.metrics import CLASSIFICATION as METRICS
 from scfm.evaluation.verdict import Difference, signed
 
 STYLE = """
