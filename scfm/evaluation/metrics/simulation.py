@@ -1,0 +1,27 @@
+"""Scores of simulated cells against real ones; compare with held-out cells, for a copy of the input scores best."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def normalised(counts: NDArray) -> NDArray[np.float64]:
+    """Return log(1 + counts per 10,000) of cells (n, G)."""
+    totals = counts.sum(1, keepdims=True)
+    return np.log1p(counts / np.where(totals > 0, totals, 1) * 1e4)
+
+
+def distribution_distance(real: NDArray, simulated: NDArray) -> dict[str, float]:
+    """Return the Kolmogorov-Smirnov and Wasserstein distances of a summary's two distributions."""
+    from scipy.stats import ks_2samp, wasserstein_distance
+
+    return {
+        "ks": float(ks_2samp(real, simulated).statistic),
+        "wasserstein": float(wasserstein_distance(real, simulated)),
+    }
+
+
+def gene_correlations(expression: NDArray) -> NDArray[np.float64]:
+    """Return the correlations of all pairs of genes, the upper triangle of (G, G), flat."""
+    return np.corrcoef(expression, rowvar=False)[np.triu_indices(expression.shape[1], 1)]
