@@ -167,7 +167,7 @@ def anova_f(cells: ShiftedRows, labels: NDArray[np.str_]) -> NDArray[np.float64]
 
 
 def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the positive weights of each row as shares of their sum; equal shares where no weight is positive."""
+    """Return the positive weights of each row as shares of their sum; a softmax where no weight is positive."""
     positive = np.maximum(weights, 0)
-    sums = positive.sum(axis=1, keepdims=True)
-    return np.where(sums > 0, positive / np.where(sums > 0, sums, 1), 1 / weights.shape[1])
+    shares = np.where(positive.any(axis=1, keepdims=True), positive, np.exp(weights))
+    return shares / shares.sum(axis=1, keepdims=True)

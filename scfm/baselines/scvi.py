@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SCVI:
-    """scVI of scvi-tools on the counts of highly variable genes, with its published settings. Needs `scfm[scvi]`.
+    """scVI of scvi-tools on the counts of highly variable genes, set as in its integration tutorial. Needs `scfm[scvi]`.
 
     Transductive: it sees all the cells that it embeds.
 

@@ -44,7 +44,7 @@ class SparseLogisticRegression:
         if len(set(labels)) < 2:
             raise ScfmError(f"all {len(labels)} training cells have the same value of obs[{label!r}]: nothing to learn")
         self.rule = ExpressionRule.learn(adata)
-        one = LogisticRegression(penalty="l1", C=self.strength, solver="liblinear", max_iter=1000, random_state=seed)
+        one = LogisticRegression(l1_ratio=1, C=self.strength, solver="liblinear", random_state=seed)
         self.model = OneVsRestClassifier(one).fit(self.rule.apply(adata), labels)
         self.classes: list[str] = self.model.classes_.tolist()
         return self

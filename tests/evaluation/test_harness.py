@@ -14,7 +14,14 @@ from scfm.errors import ScfmError
 from scfm.evaluation.harness import compare
 from scfm.evaluation.splits import Split, stratified_split
 
-BASELINES = ["majority class", "kNN on PCA", "logistic regression"]
+BASELINES = [
+    "majority class",
+    "kNN on PCA",
+    "logistic regression",
+    "L1 logistic regression",
+    "parameter-free centroid",
+    "parameter-free PCA + LR",
+]
 
 
 def test_the_obligatory_baselines_are_there_without_being_asked_for() -> None:
