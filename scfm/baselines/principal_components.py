@@ -23,8 +23,8 @@ class WhitenedComponents:
         rotation: (G, k) from centred genes to whitened components, the division by standard deviations included.
     """
 
-    mean: NDArray[np.float64]
-    rotation: NDArray[np.float64]
+    mean: NDArray[np.floating]
+    rotation: NDArray[np.floating]
 
     @classmethod
     def fit(cls, cells: ShiftedRows, components: int, seed: int = 0) -> WhitenedComponents:
@@ -48,24 +48,24 @@ class WhitenedComponents:
         whitened = directions[:, kept] * (np.sqrt(n - 1) / values[kept])
         return cls(mean, whitened / scale[:, None])
 
-    def transform(self, cells: ShiftedRows) -> NDArray[np.float64]:
+    def transform(self, cells: ShiftedRows) -> NDArray[np.floating]:
         """Return the whitened components of cells, (n, k)."""
         return cells.times(self.rotation) - self.mean @ self.rotation
 
 
 def _largest(
-    cells: ShiftedRows, mean: NDArray[np.float64], scale: NDArray[np.float64], components: int, seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    cells: ShiftedRows, mean: NDArray[np.floating], scale: NDArray[np.floating], components: int, seed: int
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Return the largest singular values and right vectors by subspace iteration (Halko, Martinsson, Tropp 2011)."""
     # single precision in the products, which take all the time: half the memory to read
     single = ShiftedRows(cells.sparse.astype(np.float32), cells.shift.astype(np.float32))
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
 
-    def forward(directions: NDArray[np.float32]) -> NDArray[np.float32]:
+    def forward(directions: NDArray[np.floating]) -> NDArray[np.floating]:
         scaled = directions / scale[:, None]
         return single.times(scaled) - mean @ scaled
 
-    def backward(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def backward(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
         return (single.transposed_times(vectors) - np.outer(mean, vectors.sum(axis=0))) / scale[:, None]
 
     width = components + SPARE

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SparseLogisticRegression:
     """L1-penalised logistic regression on the log expression of all genes, each type against the rest.
 
-    Genes are not scaled and types not weighted, as in the comparison of Boiarsky et al., which chose the penalty by
-    cross-validation on the training cells; `Tuned` does that.
+    Genes are not scaled and types not weighted, as in the comparison of Boiarsky et al., which chose C by
+    cross-validation on the training cells.
 
     Args:
         strength: Inverse strength of the L1 penalty (scikit-learn's C).
