@@ -21,7 +21,7 @@ from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.evaluation.splits import stratified_split
 from scfm.objectives import build_objectives
-from scfm.recipe import Recipe, TaskConfig, check
+from scfm.recipe import ModelConfig, Recipe, TaskConfig, check
 from scfm.recipe_reader import bundled, like, read_recipe
 from scfm.tasks.frozen import fit_frozen, frozen_head
 from scfm.tasks.novel_types import set_threshold
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from scfm.pretrained import PretrainedModel
 
-# the recipe that a model is fine-tuned by where none is given; every other model by annotation.yaml
-RECIPES = {"scbert": "finetune/scbert-annotation.yaml"}
+SMALL = 128  # models no wider than that want ten times the rate of large ones
 # what a model's own card calls the run that made it
 STAGES = {
     "full": "fine-tuning",
@@ -71,8 +70,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
     Args:
         model: where to start, loaded from a model directory.
         adata: labelled cells.
-        keys: recipe keys over those of `recipes/finetune/annotation.yaml` (`scbert-annotation.yaml` for scBERT);
-            without `out` the run is temporary.
+        keys: recipe keys over those of `default_recipe`; without `out` the run is temporary.
     """
     from scfm.pretrained import load
 
@@ -82,8 +80,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
             start = Path(folder) / "start"
             save_model(start, model.network, model.files)
         given = {"out": str(Path(folder) / "run"), **keys, "from": str(start)}
-        default = RECIPES.get(model.files.model.name, "finetune/annotation.yaml")
-        recipe = read_recipe(bundled(default), given, like(model.files))
+        recipe = read_recipe(bundled(default_recipe(model.files.model)), given, like(model.files))
         check(recipe)
         store = store_from_anndata(
             adata,
@@ -96,6 +93,13 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
             tuned.files.cell_hashes = np.array(tuned.files.cell_hashes)
             tuned.source = f"{model.source}, fine-tuned"
     return tuned
+
+
+def default_recipe(model: ModelConfig) -> str:
+    """Return the bundled recipe that a model is fine-tuned by where none is given."""
+    if model.name == "scbert":
+        return "finetune/scbert-annotation.yaml"
+    return f"finetune/annotation{'-quickstart' if model.width <= SMALL else ''}.yaml"
 
 
 def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:
@@ -179,7 +183,7 @@ def paced_recipe(recipe: Recipe, task: TaskConfig, n_cells: int) -> tuple[Recipe
     """Return the recipe with rate, batch and epochs that fit setting and cells, and what the log says of it."""
     notes = []
     if task.setting == "lora":
-        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=task.lora.lr))
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr * task.lora.lr_factor))
     if n_cells < recipe.data.cells_per_batch:
         notes.append(f"{n_cells} cells in a step: there are no {recipe.data.cells_per_batch} to learn from")
         recipe = replace(recipe, data=replace(recipe.data, cells_per_batch=n_cells))
