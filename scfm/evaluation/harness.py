@@ -1,4 +1,4 @@
-"""Run every method on the same splits with the same seeds, the obligatory baselines and the controls always among them."""
+"""Run every method on the same splits with the same seeds, obligatory baselines and controls always among them."""
 
 from __future__ import annotations
 

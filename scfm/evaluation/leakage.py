@@ -73,7 +73,7 @@ class TrainedOn:
     def of(
         cls, training_data: dict[str, Any], hashes: NDArray[np.uint64] | None, cells: NDArray[np.uint64]
     ) -> TrainedOn:
-        """Read it off what a model directory says: `training_data.json`, of all stages of training, and `cells.hash`."""
+        """Read it off a model directory: `training_data.json`, of all stages of training, and `cells.hash`."""
         named: dict[str, set[str]] = {DATASET: set(), DONOR: set()}
         for manifest in _manifests(training_data):
             held = manifest.get("held_out") or {"by": None, "groups": []}

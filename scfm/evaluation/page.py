@@ -239,13 +239,14 @@ def _cost_table(comparison: Comparison) -> str:
         return "".join(f"<td>{value}</td>" for value in shown)
 
     caption = (
-        "<b>Table 3. Cost.</b> Means over seeds; the peak is of the whole process, with data and libraries; the largest "
-        "of all seeds."
+        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data and "
+        "libraries included."
     )
     heads = ("Fit, s", "Predict, s", "Seconds per 10,000 cells", "Peak, MiB", "Parameters")
+    head = "".join(f"<th>{name}</th>" for name in heads)
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>'
-        f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead>{_groups(comparison, len(heads), cells)}</table></div>"
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr></thead>'
+        f"{_groups(comparison, len(heads), cells)}</table></div>"
     )
 
 

@@ -226,9 +226,9 @@ def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
                 axis.text(1.012, (level - 0.4) / 0.6, f"{level:.1f}", color=FAINT, fontsize=7, va="center")
         placed: list[tuple[float, float]] = []
         for name in comparison.ranked(*KINDS):
-            at = tuple(comparison.summary(name, metric).mean for metric in (x, y))
+            at = comparison.summary(name, x).mean, comparison.summary(name, y).mean
             kind = comparison.kinds[name]
-            axis.scatter(*at, s=44, color=colours[name], marker=markers[kind], zorder=3)
+            axis.scatter([at[0]], [at[1]], s=44, color=colours[name], marker=markers[kind], zorder=3)
             # names of neighbouring points stand above one another
             below = sum(abs(at[0] - px) < 0.2 and abs(at[1] - py) < 0.045 for px, py in placed)
             placed.append((at[0], at[1]))

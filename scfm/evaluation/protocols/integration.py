@@ -178,18 +178,17 @@ class Integration(EvaluationProtocol):
         assert batches is not None
         alone = [name for name in comparison.labels if len(set(batches[comparison.truth == name])) == 1]
         said = [
-            "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every method "
-            "alike; the k-means scores are not."
+            "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every "
+            "method alike; the k-means scores are not."
         ]
         if alone:
-            said.append(
-                f"Found in one batch only, so that mixing says nothing of them and any mixing is wrong: {', '.join(alone)}."
-            )
+            said.append(f"Found in one batch only, so that mixing says nothing of them: {', '.join(alone)}.")
         return said
 
 
 def unlabelled(cells: LabelledCells) -> anndata.AnnData:
     """Return the cells as embedders get them: counts in X, of obs only the batch."""
     counts = counts_of(cells.adata)
+    assert cells.batches is not None
     obs = pd.DataFrame({cells.batch: pd.Categorical(cells.batches)}, index=counts.obs_names)
     return anndata.AnnData(counts.X.copy(), obs=obs, var=counts.var.copy())
