@@ -239,8 +239,8 @@ def _cost_table(comparison: Comparison) -> str:
         return "".join(f"<td>{value}</td>" for value in shown)
 
     caption = (
-        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data and "
-        "libraries included."
+        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
+        "and libraries included."
     )
     heads = ("Fit, s", "Predict, s", "Seconds per 10,000 cells", "Peak, MiB", "Parameters")
     head = "".join(f"<th>{name}</th>" for name in heads)

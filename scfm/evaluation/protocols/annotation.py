@@ -146,8 +146,8 @@ class Annotation(EvaluationProtocol):
                     plots.umap_pair(panels, comparison.truth[[*split.train, *split.test]], len(split.train)),
                     "Cell embeddings",
                     f"UMAP of the first split: training cells pale, {len(split.test):,} held-out cells on top. Below "
-                    "each panel, measured in the embedding and not in the picture: the mean share of a held-out cell's 10 "
-                    "nearest training cells that have its type. PCA never saw a label; a fine-tuned embedding did.",
+                    "each panel, measured in the embedding and not in the picture: the mean share of a held-out cell's "
+                    "10 nearest training cells that have its type. PCA never saw a label; a fine-tuned embedding did.",
                 )
             )
         return [

@@ -19,7 +19,7 @@ from scfm.evaluation import plots
 from scfm.evaluation.asked import counts_of
 from scfm.evaluation.controls import NoiseEmbedding, ShuffledCells, TrueLabels, Untrained
 from scfm.evaluation.embedding_resampling import EmbeddingParts
-from scfm.evaluation.metrics import embedding_scores
+from scfm.evaluation.metrics import EMBEDDING, S_BATCH, S_BIO, embedding_scores
 from scfm.evaluation.page import Figure
 from scfm.evaluation.protocol import (
     EvaluationProtocol,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison, Run
 
 SHOWN = 4  # embeddings beside each other
+MAIN = ("s_bio", "s_batch", "s_final", *S_BIO, *S_BATCH)
 
 
 class Embedder(Method, Protocol):
@@ -61,27 +62,9 @@ class Integration(EvaluationProtocol):
     question = "whether an embedding of cells of several batches keeps types apart and mixes batches"
     transductive = True
     needs_batch = True
-    metrics = (
-        "s_bio",
-        "s_batch",
-        "s_final",
-        "nmi_leiden",
-        "ari_leiden",
-        "asw_label",
-        "asw_batch",
-        "pcr_comparison",
-        "graph_connectivity",
-    )
-    further: ClassVar[tuple[str, ...]] = (
-        "nmi_kmeans",
-        "ari_kmeans",
-        "clisi",
-        "isolated_label_asw",
-        "isolated_label_f1",
-        "ilisi",
-        "bras",
-        "batch_entropy",
-        *(("kbet",) if find_spec("scib_metrics") else ()),
+    metrics = MAIN
+    further: ClassVar[tuple[str, ...]] = tuple(
+        name for name in EMBEDDING if name not in MAIN and (name != "kbet" or find_spec("scib_metrics"))
     )
     headline = ("s_bio", "s_batch")
     terminal = ("s_bio", "s_batch", "s_final")
