@@ -101,7 +101,7 @@ def test_scib_metrics_sums(
     pcr = pcr_comparison(principal_component_regression(cells.obsm["X_pca"], batches), mine["pcr"])
     assert pcr == pytest.approx(wanted["pcr_comparison"], abs=1e-5)
     assert pcr == pytest.approx(restated["pcr_comparison_vs_Xpca20"], abs=1e-5)
-    distances, rows = nn.nearest(cells.obsm[name], 14)
+    _, rows = nn.nearest(cells.obsm[name], 14)
     n, k = rows.shape
     from scipy.sparse import csr_array
 
@@ -173,7 +173,7 @@ def test_scores_equal_cz_benchmarks(
 ) -> None:
     tasks = {task: {one["metric"]: one["value"] for one in czb[name][task]} for task in czb[name]}
     labels, batches = cells.obs["celltype"].to_numpy(str), cells.obs["batch"].to_numpy(str)
-    distances, rows = nn.nearest(cells.obsm[name], 199)
+    _, rows = nn.nearest(cells.obsm[name], 199)
     with_itself = np.hstack([np.arange(len(rows))[:, None], rows])
     # its neighbours are approximate (HNSW)
     assert nn.batch_entropy(with_itself, batches) == pytest.approx(tasks["integration"]["entropy_per_cell"], abs=2e-3)
