@@ -1,6 +1,6 @@
 """Scores of predicted expression after a perturbation: always of the change, against two references.
 
-Profiles are means over the cells of a condition, (G,). Raw correlation with expression is useless, since the unperturbed
+Profiles are means over the cells of a condition, (G,). Raw correlation with expression is useless: the unperturbed
 profile scores above 0.9; the change against control still rewards what all perturbations share, so the change against
 the mean of all perturbations stands beside it (Systema, Viñas Torné et al. 2025).
 """
@@ -36,7 +36,7 @@ def pearson_delta(predicted: NDArray, truth: NDArray, reference: NDArray) -> flo
 
 
 def direction_accuracy(predicted: NDArray, truth: NDArray, reference: NDArray) -> float:
-    """Return the share of genes whose change against the reference has the right sign; no change is a sign of its own."""
+    """Return the share of genes whose change against the reference has the right sign (+, 0 or -)."""
     return float((np.sign(predicted - reference) == np.sign(truth - reference)).mean())
 
 

@@ -23,7 +23,7 @@ def distribution_distance(real: NDArray, simulated: NDArray) -> dict[str, float]
 
 
 def summaries(counts: NDArray) -> dict[str, NDArray[np.float64]]:
-    """Return what simulators are compared on: mean, variance and zeros per gene (G,), counts and zeros per cell (n,)."""
+    """Return what simulators are compared on: mean, variance and zeros per gene (G,), totals and zeros per cell."""
     expression = normalised(counts)
     return {
         "gene_mean": expression.mean(0),
@@ -35,7 +35,7 @@ def summaries(counts: NDArray) -> dict[str, NDArray[np.float64]]:
 
 
 def maximum_mean_discrepancy(x: NDArray, y: NDArray) -> float:
-    """Return the squared MMD of two sets of cells (n, d), (m, d) under exp(-d^2 / median d^2), median over all pairs."""
+    """Return the squared MMD of two sets of cells (n, d), (m, d) under exp(-d^2 / median d^2 of all pairs)."""
     from scipy.spatial.distance import cdist
 
     both = np.vstack([x, y])
