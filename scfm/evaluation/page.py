@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from scfm.evaluation.harness import Comparison, Summary
-from scfm.evaluation.metrics import CLASSIFICATION as METRICS
+from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.verdict import Difference, signed
 
 STYLE = """
@@ -74,29 +74,39 @@ def render(
         f"{n_seeds} seed{'s' if n_seeds > 1 else ''}; every method on the same splits."
     )
     verdict = "".join(f"<p>{escape(str(one))}</p>" for one in differences) or "<p>Baselines only.</p>"
-    notes = f"<h2>Read with care</h2><ul>{_items(caveats)}</ul>" if caveats else ""
-    pictures = "".join(_figure(number, figure) for number, figure in enumerate(figures, start=1))
+    notes = f"<h2>Read with care</h2><ul>{items(caveats)}</ul>" if caveats else ""
+    pictures = "".join(figure_html(number, figure) for number, figure in enumerate(figures, start=1))
+    body = (
+        f'<h1>{escape(title)}</h1><p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
+        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{notes}\n{pictures}\n"
+        f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
+        f"<h2>Scores</h2>{definitions({one.title: escape(one.protocol) for one in METRICS.values()})}\n"
+        f"<h2>Provenance</h2>{definitions(_provenance(comparison, origin))}"
+    )
+    return document(title, body)
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """Return a whole page in the style of reports, to which a page may add its own."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><main>\n<h1>{escape(title)}</h1>"
-        f'<p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
-        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{notes}\n{pictures}\n"
-        f"<h2>Methods</h2>{_definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
-        f"<h2>Scores</h2>{_definitions({one.title: escape(one.protocol) for one in METRICS.values()})}\n"
-        f"<h2>Provenance</h2>{_definitions(_provenance(comparison, origin))}\n</main></body></html>\n"
+        f"<style>{STYLE}{style}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
 
 
-def _items(texts: Sequence[str]) -> str:
+def items(texts: Sequence[str]) -> str:
+    """Return the items of a list; texts are plain text."""
     return "".join(f"<li>{escape(text)}</li>" for text in texts)
 
 
-def _definitions(entries: dict[str, str]) -> str:
+def definitions(entries: dict[str, str]) -> str:
+    """Return a list of names, plain text, and what is said of each, HTML."""
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{text}</dd>' for name, text in entries.items())}</dl>"
 
 
-def _figure(number: int, figure: Figure) -> str:
+def figure_html(number: int, figure: Figure) -> str:
+    """Return a figure with its caption, the picture inlined."""
     picture = base64.b64encode(figure.png).decode()
     return (
         f'<figure><img alt="{escape(figure.title)}" src="data:image/png;base64,{picture}">'
