@@ -101,7 +101,7 @@ def test_scib_metrics_sums(
     pcr = pcr_comparison(principal_component_regression(cells.obsm["X_pca"], batches), mine["pcr"])
     assert pcr == pytest.approx(wanted["pcr_comparison"], abs=1e-5)
     assert pcr == pytest.approx(restated["pcr_comparison_vs_Xpca20"], abs=1e-5)
-    distances, rows = nn.nearest(cells.obsm[name], 14)
+    _, rows = nn.nearest(cells.obsm[name], 14)
     n, k = rows.shape
     from scipy.sparse import csr_array
 
@@ -136,7 +136,7 @@ def test_leiden_at_every_resolution(name: str, cells: ad.AnnData, golden: dict[s
     assert mine == pytest.approx(wanted["leiden_nmi_by_resolution"], abs=0.02)
     best = wanted["leiden_nmi_by_resolution"][max(mine, key=lambda r: mine[r])]
     assert best == pytest.approx(wanted["nmi_leiden_opt"]), "as good a resolution as leiden_best_resolution"
-    assert f"{wanted['leiden_best_resolution']}" in mine
+    assert str(wanted["leiden_best_resolution"]) in mine
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -172,8 +172,8 @@ def test_scores_equal_cz_benchmarks(
     name: str, cells: ad.AnnData, czb: dict[str, Any], scores: dict[str, dict[str, float]]
 ) -> None:
     tasks = {task: {one["metric"]: one["value"] for one in czb[name][task]} for task in czb[name]}
-    labels, batches = cells.obs["celltype"].to_numpy(str), cells.obs["batch"].to_numpy(str)
-    distances, rows = nn.nearest(cells.obsm[name], 199)
+    batches = cells.obs["batch"].to_numpy(str)
+    _, rows = nn.nearest(cells.obsm[name], 199)
     with_itself = np.hstack([np.arange(len(rows))[:, None], rows])
     # its neighbours are approximate (HNSW)
     assert nn.batch_entropy(with_itself, batches) == pytest.approx(tasks["integration"]["entropy_per_cell"], abs=2e-3)

@@ -8,12 +8,14 @@ from numpy.typing import NDArray
 from scfm.errors import ScfmError
 from scfm.evaluation.metrics.perturbation import pearson, spearman
 
+GENE_ENTRIES = 5  # a correlation over fewer says nothing
+
 
 def masked_scores(truth: NDArray, predicted: NDArray, mask: NDArray[np.bool_]) -> dict[str, float]:
     """Score predictions (n, G) on the masked entries alone.
 
     `mean_gene_pearson`, the correlation within a gene, is the one to read: a method that knows nothing but the mean of
-    each gene has a high overall correlation and cosine. Genes with fewer than three masked entries, or constant on
+    each gene has a high overall correlation and cosine. Genes with fewer than five masked entries, or constant on
     either side, are left out and `n_genes_used` says how many remain; a correlation with a constant is NaN.
 
     Raises ScfmError where the shapes differ or nothing is masked.
@@ -26,7 +28,7 @@ def masked_scores(truth: NDArray, predicted: NDArray, mask: NDArray[np.bool_]) -
     within = [
         pearson(truth[rows, gene], predicted[rows, gene])
         for gene in range(truth.shape[1])
-        if len(rows := np.flatnonzero(mask[:, gene])) > 2
+        if len(rows := np.flatnonzero(mask[:, gene])) >= GENE_ENTRIES
     ]
     known = [r for r in within if not np.isnan(r)]
     norm = np.linalg.norm(x) * np.linalg.norm(y)

@@ -39,7 +39,7 @@ def jaccard(x: Collection[str], y: Collection[str]) -> float:
 
 
 def enrichment_p(query: Collection[str], gene_set: Collection[str], background: Collection[str]) -> float:
-    """Return the one-sided hypergeometric p of at least so many genes of the set in the query, within the background."""
+    """Return the hypergeometric p of so many genes of the set in the query or more, within the background."""
     from scipy.stats import hypergeom
 
     known = set(background)

@@ -1,6 +1,6 @@
 """Scores of predicted expression after a perturbation: always of the change, against two references.
 
-Profiles are means over the cells of a condition, (G,). Raw correlation with expression is useless, since the unperturbed
+Profiles are means over the cells of a condition, (G,). Raw correlation with expression is useless: the unperturbed
 profile scores above 0.9; the change against control still rewards what all perturbations share, so the change against
 the mean of all perturbations stands beside it (Systema, Viñas Torné et al. 2025).
 """
@@ -12,8 +12,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-TOP_GENES = 20
 
 
 def pearson(x: NDArray, y: NDArray) -> float:
@@ -38,7 +36,7 @@ def pearson_delta(predicted: NDArray, truth: NDArray, reference: NDArray) -> flo
 
 
 def direction_accuracy(predicted: NDArray, truth: NDArray, reference: NDArray) -> float:
-    """Return the share of genes whose change against the reference has the right sign; no change is a sign of its own."""
+    """Return the share of genes whose change against the reference has the right sign (+, 0 or -)."""
     return float((np.sign(predicted - reference) == np.sign(truth - reference)).mean())
 
 
@@ -87,14 +85,11 @@ def discrimination(
 
 
 def energy_distance(x: NDArray, y: NDArray) -> float:
-    """Return 2 mean d(x, y) - mean d(x, x') - mean d(y, y') of two sets of cells (n, d), (m, d), squared distances.
+    """Return 2 mean d(x, y) - mean d(x, x') - mean d(y, y') of two sets of cells (n, d), (m, d), Euclidean distances.
 
-    Pairs of a cell with itself are left out of the last two means, as in scPerturb and pertpy.
+    A cell's distance to itself is counted, so two samples of the same cells come out a little above 0.
     """
     from sklearn.metrics import pairwise_distances
 
-    def mean_within(z: NDArray) -> float:
-        return float(pairwise_distances(z, metric="sqeuclidean").sum() / (len(z) * (len(z) - 1)))
-
-    between = float(pairwise_distances(x, y, metric="sqeuclidean").mean())
-    return 2 * between - mean_within(x) - mean_within(y)
+    between, in_x, in_y = (float(pairwise_distances(*pair).mean()) for pair in ((x, y), (x, x), (y, y)))
+    return 2 * between - in_x - in_y

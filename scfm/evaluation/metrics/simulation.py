@@ -22,6 +22,29 @@ def distribution_distance(real: NDArray, simulated: NDArray) -> dict[str, float]
     }
 
 
+def summaries(counts: NDArray) -> dict[str, NDArray[np.float64]]:
+    """Return what simulators are compared on: mean, variance and zeros per gene (G,), totals and zeros per cell."""
+    expression = normalised(counts)
+    return {
+        "gene_mean": expression.mean(0),
+        "gene_var": expression.var(0, ddof=1),
+        "gene_zero": (counts == 0).mean(0),
+        "cell_lib": np.log1p(counts.sum(1)),
+        "cell_zero": (counts == 0).mean(1),
+    }
+
+
+def maximum_mean_discrepancy(x: NDArray, y: NDArray) -> float:
+    """Return the squared MMD of two sets of cells (n, d), (m, d) under exp(-d^2 / median d^2 of all pairs)."""
+    from scipy.spatial.distance import cdist
+
+    both = np.vstack([x, y])
+    squared = cdist(both, both, "sqeuclidean")
+    kernel = np.exp(-squared / np.median(squared[squared > 0]))
+    n = len(x)
+    return float(kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean())
+
+
 def gene_correlations(expression: NDArray) -> NDArray[np.float64]:
     """Return the correlations of all pairs of genes, the upper triangle of (G, G), flat."""
     return np.corrcoef(expression, rowvar=False)[np.triu_indices(expression.shape[1], 1)]
