@@ -320,12 +320,15 @@ def per_class_f1(comparison: Comparison) -> bytes:
     names = comparison.ranked("model", "baseline")
     with new_figure(7.2, 1.1 + max(0.36, 0.09 * len(names)) * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
-            scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
+            runs = [run.scores for run in comparison.runs_of(name)]
+            # a type without a held-out cell in a split has no F1 there
+            found = [np.where(one.confusion.sum(1) > 0, one.f1, np.nan) for one in runs]
+            scores = np.array(found)[:, order]  # (seeds, L)
             y = np.arange(len(order)) + 0.8 * (0.5 - (k + 0.5) / len(names))
             style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
-            axis.hlines(y, scores.min(0), scores.max(0), lw=1.6, alpha=0.45, **style)
+            axis.hlines(y, np.nanmin(scores, axis=0), np.nanmax(scores, axis=0), lw=1.6, alpha=0.45, **style)
             marker = "D" if comparison.kinds[name] == "model" else "o"
-            axis.scatter(scores.mean(0), y, s=24, marker=marker, label=name, lw=0, **style)
+            axis.scatter(np.nanmean(scores, axis=0), y, s=24, marker=marker, label=name, lw=0, **style)
         labels = [f"{comparison.labels[i]}  ({comparison.support[i]:,})" for i in order]
         axis.set_yticks(range(len(order)), labels)
         axis.set_yticks(np.arange(0.5, len(order) - 1), minor=True)

@@ -16,6 +16,7 @@ from scfm.errors import ScfmError
 from scfm.evaluation.harness import compare
 from scfm.evaluation.leakage import TrainedOn
 from scfm.evaluation.splits import Split, stratified_split
+from scfm.evaluation.verdict import against_best_baseline
 
 BASELINES = ["majority class", "kNN on PCA", "logistic regression"]
 QUICK = FewBaselines()
@@ -200,3 +201,16 @@ def test_strict_refuses_what_is_known_before_anything_is_fitted() -> None:
         compare([method], adata, "type", [split], task=QUICK, strict=True)
     clean = TrainedOn(hashes[split.train], hashes)
     assert compare([method], adata, "type", [split], task=QUICK, trained_on={"oracle": clean}, strict=True).passed
+
+
+def test_the_truth_scores_one_where_a_type_is_held_out_in_some_splits_only() -> None:
+    adata = three_types()
+    truth, rows = read_labels(adata, "type"), np.arange(adata.n_obs)
+    tests = [rows[rows % 3 == 0], rows[(rows % 3 == 1) & (truth != "NK")]]
+    splits = [Split(np.setdiff1d(rows, test), test, seed, "by hand") for seed, test in enumerate(tests)]
+    comparison = compare([Oracle(adata)], adata, "type", splits, task=QUICK)
+    assert comparison.labels == ["B", "NK", "T"]
+    assert [run.values["macro_f1"] for run in comparison.runs_of("oracle")] == [1, 1]
+    best = against_best_baseline(comparison, "oracle", "macro_f1")
+    assert best is not None
+    assert best.interval.difference == pytest.approx(1 - comparison.summary(best.baseline, "macro_f1").mean)

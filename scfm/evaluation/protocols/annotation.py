@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -111,7 +112,12 @@ class Annotation(EvaluationProtocol):
             predicted, probabilities = method.predict(test)
         aligned = in_order(probabilities, method.classes, labels, len(split.test))
         predicted = np.asarray(predicted, dtype=str)
-        scores = classification_scores(cells.truth[split.test], predicted, labels, aligned)
+        truth = cells.truth[split.test]
+        scores = classification_scores(truth, predicted, labels, aligned)
+        # means are over the types with a held-out cell in this split: the truth itself would not score 1 on others
+        here = held_out_types(truth, labels)
+        columns = [labels.index(name) for name in here]
+        scores = replace(scores, values=classification_scores(truth, predicted, here, aligned[:, columns]).values)
         embedding = None
         if shown and isinstance(method, Embeds):
             embedding = np.concatenate([method.embed(cells.without_labels(split.train)), method.embed(test)])
@@ -122,10 +128,10 @@ class Annotation(EvaluationProtocol):
 
         if metric not in FROM_CONFUSION:
             return None
-        n_labels = len(comparison.labels)
         truth = comparison.truth[comparison.splits[run.split].test]
-        codes = confusion_codes(truth, run.predicted, comparison.labels)
-        n = len(codes)
+        labels = held_out_types(truth, comparison.labels)
+        codes = confusion_codes(truth, run.predicted, labels)
+        n, n_labels = len(codes), len(labels)
         places = csr_matrix((np.ones(n), (np.arange(n), codes)), shape=(n, n_labels * (n_labels + 1)))
         score = FROM_CONFUSION[metric]
         return lambda weights: score((weights @ places).reshape(-1, n_labels, n_labels + 1))
@@ -194,6 +200,12 @@ class Annotation(EvaluationProtocol):
                     f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors."
                 )
         return said
+
+
+def held_out_types(truth: NDArray[np.str_], labels: list[str]) -> list[str]:
+    """Return those of the label list that are the type of some held-out cell."""
+    there = set(truth.tolist())
+    return [name for name in labels if name in there]
 
 
 def in_order(probabilities: NDArray, classes: list[str], labels: list[str], n: int) -> NDArray[np.float64]:
