@@ -79,11 +79,11 @@ def render(
     """Return the page: verdict, tables, caveats, figures, methods, provenance, in this order."""
     n_seeds = len(comparison.splits)
     split, protocol = comparison.splits[0], comparison.protocol
-    held_out = "all cells" if protocol.transductive else f"{len(split.test):,} cells"
+    held_out = "" if protocol.transductive else f" ({len(split.test):,} cells)"
     byline = (
         f"{capitalised(protocol.question)}. "
         f"{len(comparison.truth):,} cells, {len(comparison.labels)} types of <code>{escape(comparison.label)}</code>. "
-        f"{escape(split.protocol[:1].upper() + split.protocol[1:])} ({held_out}), "
+        f"{escape(split.protocol[:1].upper() + split.protocol[1:])}{held_out}, "
         f"{n_seeds} seed{'s' if n_seeds > 1 else ''}; every method on the same splits."
     )
     verdict = "".join(f"<p>{escape(str(one))}</p>" for one in differences) or "<p>Baselines only.</p>"
