@@ -20,11 +20,12 @@ from scfm.errors import ScfmError
 from scfm.model.neighbours import TEMPERATURE, NeighbourDecoder
 from scfm.model.novelty import UNASSIGNED, novelty
 from scfm.recipe import ModelConfig, Recipe, check
-from scfm.recipe_reader import bundled, read_recipe
+from scfm.recipe_reader import bundled, like, read_recipe
 from scfm.tasks.annotation import default_recipe, few_per_type, paced_recipe
 from scfm.tasks.frozen import fit_probe
 from scfm.tasks.novel_types import novel_as_unassigned
 from scfm.training.callbacks import read_metrics
+from scfm.training.finetune import finetune
 from scfm.training.run import pretrain
 
 SETTINGS = ["zero_shot", "probe", "full", "scratch", "lora"]
@@ -75,6 +76,31 @@ def test_every_setting_ends_in_an_ordinary_model(
     if setting == "zero_shot":  # a cell is its own nearest neighbour: all are right but the 6 that validated
         seen = tuned.predict(made_up_cells(60, seed=1)).obs
         assert (seen["annotation"].to_numpy() == seen["cell_type"].to_numpy()).sum() >= 54
+
+
+def test_a_stopped_lora_run_ends_with_the_weights_of_an_unbroken_one(
+    scgpt: scfm.PretrainedModel, tmp_path: Path
+) -> None:
+    shards = Path(scgpt.source).parents[1] / "shards"
+
+    def tuned(out: str, steps: int, resume: str | None = None) -> dict[str, torch.Tensor]:
+        sections = {
+            "out": str(tmp_path / out),
+            "from": scgpt.source,
+            "data": {"shards": str(shards), "cells_per_batch": 16},
+            "optimizer": {"schedule": "constant", "warmup": 0},
+            "trainer": {"max_steps": steps, "accelerator": "cpu"},
+            "checkpoint": {"every_steps": 2},
+            "task": {"setting": "lora", "lora": LORA},
+        }
+        recipe = read_recipe(bundled("finetune/annotation.yaml"), sections, like(scgpt.files))
+        return read_weights(finetune(recipe, resume))
+
+    whole = tuned("whole", 6)
+    tuned("stopped", 3)
+    resumed = tuned("stopped", 6, "auto")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_what_a_model_saw_follows_from_its_setting(scgpt: scfm.PretrainedModel, tmp_path: Path) -> None:
@@ -205,7 +231,6 @@ def test_what_cannot_work_is_refused(sections: dict[str, Any], message: str) -> 
 
 def test_the_command_line_reaches_every_key_of_the_setting() -> None:
     from scfm.recipe_reader import parse_recipe
-    from scfm.training.finetune import finetune
 
     path = str(bundled("finetune/annotation.yaml"))
     given = ["--config", path, "--task.setting", "lora", "--task.lora.rank", "2", "--task.cells_per_type", "5"]
