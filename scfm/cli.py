@@ -29,7 +29,7 @@ VERBS = {
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "index": ("scfm.tasks.mapping:index", "embed labelled cells into a reference index, or add cells to one"),
     "map": ("scfm.tasks.mapping:map_cells", "write labels of the nearest reference cells into .obs of an h5ad file"),
-    "evaluate": ("scfm.evaluation.evaluate:evaluate", "score a model on a task, beside its baselines"),
+    "evaluate": ("scfm.evaluation.evaluate:evaluate", "score models on a task, beside baselines and controls"),
     "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
     "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),
@@ -75,7 +75,9 @@ def overview(beginning: str = "") -> str:
 
 
 def run(verb: str, arguments: Sequence[str]) -> bool:
-    """Parse the arguments of a verb by its function's signature, and call it; False where the function returns False.
+    """Parse the arguments of a verb by its function's signature, and call it.
+
+    False where the function returns False, or something whose `passed` is False.
 
     Raises ScfmError for an unknown verb.
     """
@@ -91,7 +93,8 @@ def run(verb: str, arguments: Sequence[str]) -> bool:
     action = function(place)
     parser, first = verb_parser(f"scfm {verb}", what, action)
     values = vars(parser.parse_args([dashed(argument) for argument in arguments]))
-    return action(*([values.pop(first)] if first else []), **values) is not False
+    made = action(*([values.pop(first)] if first else []), **values)
+    return getattr(made, "passed", made) is not False
 
 
 def verb_parser(program: str, what: str, action: Callable[..., Any]) -> tuple[ArgumentParser, str | None]:

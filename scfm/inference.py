@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfm.data.gene_table import GeneTable
+from scfm.data.orthologs import Orthologs
 from scfm.errors import ScfmError
 from scfm.gene_attention import write_top_genes
 from scfm.model.precision import Precision
@@ -25,6 +26,7 @@ def embed(
     tokens_per_pack: int = 16384,
     accept_normalised: bool = False,
     genes: Sequence[str] = (),
+    orthologs: str | None = None,
     precision: Precision = "fp32",
 ) -> None:
     """Write the cell embedding into `.obsm["X_scfm"]`, and where it came from into `.uns["scfm"]`.
@@ -36,11 +38,13 @@ def embed(
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
+        orthologs: Table of orthologs, for cells of another organism than the model's: they are matched one to one.
         precision: bf16 is faster where the device has bf16 instructions, and close to fp32, not equal.
     """
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
     options["precision"] = precision
     options["genes"] = GeneTable.read(genes) if genes else None
+    options["orthologs"] = Orthologs.read(orthologs) if orthologs else None
     over_file(file, model, out, lambda loaded, adata: loaded.embed(adata, **options))
 
 
@@ -52,6 +56,7 @@ def predict(
     tokens_per_pack: int = 16384,
     accept_normalised: bool = False,
     genes: Sequence[str] = (),
+    orthologs: str | None = None,
     precision: Precision = "fp32",
     unassigned_below: float | None = None,
     gene_attention: bool = False,
@@ -66,6 +71,7 @@ def predict(
         tokens_per_pack: Most tokens in one forward pass; lower it where memory is short.
         accept_normalised: Take values that are not counts; bins keep only their order within a cell.
         genes: Tables of genes (HGNC, GENCODE ...), the most trusted first, by which more names are matched.
+        orthologs: Table of orthologs, for cells of another organism than the model's: they are matched one to one.
         precision: bf16 is faster where the device has bf16 instructions, and close to fp32, not equal.
         unassigned_below: Label cells whose largest probability is lower `Unassigned` (scBERT, novel types: 0.5).
         gene_attention: Write into `.layers` how much each gene is attended to, for models that tell (scBERT).
@@ -76,6 +82,7 @@ def predict(
     options: dict[str, Any] = {"tokens_per_pack": tokens_per_pack, "accept_normalised": accept_normalised}
     options["precision"] = precision
     options["genes"] = GeneTable.read(genes) if genes else None
+    options["orthologs"] = Orthologs.read(orthologs) if orthologs else None
     options |= {"unassigned_below": unassigned_below, "gene_attention": gene_attention}
     predicted = over_file(file, model, out, lambda loaded, adata: loaded.predict(adata, **options))
     if plots is not None:

@@ -203,7 +203,7 @@ def objectives_of(recipe: Recipe, cells: Cells) -> tuple[list[Objective], list[s
 
 def network_of(recipe: Recipe, cells: Cells, objectives: Sequence[Objective]) -> nn.Module:
     """Build the recipe's model with the parameters that it trains."""
-    from scfm.training.run import set_trainable
+    from scfm.training.run import choose_trainable
 
     if recipe.model.name not in MODELS:
         raise ScfmError(f"model.name: {recipe.model.name!r} is not known; choose one of {sorted(MODELS)}")
@@ -216,7 +216,7 @@ def network_of(recipe: Recipe, cells: Cells, objectives: Sequence[Objective]) ->
         gene_conditions=dict.fromkeys(recipe.data.gene_conditions, 2),
         heads=list({head.task: head for objective in objectives for head in objective.heads()}.values()),
     )
-    set_trainable(network, recipe.trainable)
+    choose_trainable(network, recipe)
     return network
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,11 @@ from scfm.data.batch import PackedBatch
 from scfm.data.hashing import store_hashes
 from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
-from scfm.data.store import CellStore
+from scfm.data.store import CellStore, Codes
 from scfm.errors import ScfmError
 from scfm.gene_attention import GeneAttention
 from scfm.model.heads import HeadSpec
+from scfm.model.novelty import UNASSIGNED, novelty
 from scfm.model.precision import Precision, at_precision
 from scfm.version import __version__
 
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scfm.data.gene_table import GeneTable
+    from scfm.data.orthologs import Orthologs
 
 EMBEDDING = "X_scfm"
-UNASSIGNED = "Unassigned"
 CELLS_PER_BATCH = 256
 
 
@@ -59,6 +60,7 @@ class PretrainedModel:
         tokens_per_pack: int = 16384,
         accept_normalised: bool = False,
         genes: GeneTable | None = None,
+        orthologs: Orthologs | None = None,
         precision: Precision = "fp32",
     ) -> AnnData:
         """Write the L2-normalised cell embedding into `adata.obsm["X_scfm"]` and return `adata`.
@@ -70,6 +72,8 @@ class PretrainedModel:
             tokens_per_pack: most tokens in one forward pass; bounds the memory.
             accept_normalised: take values that are not counts; bins keep only their order within a cell.
             genes: table by which more names are matched, `GeneTable.read(["hgnc_complete_set.tsv"])`.
+            orthologs: for cells of another organism, `Orthologs.read("orthologs.parquet")`: their counts are read as
+                those of the model's genes, one to one.
             precision: `bf16` is faster where the device has bf16 instructions, and close to `fp32`, not equal.
 
         Raises:
@@ -77,7 +81,8 @@ class PretrainedModel:
                 bf16 instructions.
         """
         network = self.network_at(precision)
-        store = self.store(adata, accept_normalised, genes)
+        read = orthologs.translate(adata, self.files.vocabulary) if orthologs else adata
+        store = self.store(read, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         embeddings = np.empty((store.n_cells, self.files.model.width), np.float32)
         for pack, output in self.outputs(network, store, conditions, tokens_per_pack):
@@ -85,7 +90,7 @@ class PretrainedModel:
             cells = torch.nn.functional.normalize(output.cell.float(), dim=-1).cpu().numpy()  # (N, D)
             embeddings[pack.cell_id.cpu().numpy()[real]] = cells[real]
         adata.obsm[EMBEDDING] = embeddings
-        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes, precision)
+        adata.uns["scfm"] = self.provenance(read, store, conditions, genes, precision)
         return adata
 
     def predict(
@@ -95,6 +100,7 @@ class PretrainedModel:
         tokens_per_pack: int = 16384,
         accept_normalised: bool = False,
         genes: GeneTable | None = None,
+        orthologs: Orthologs | None = None,
         precision: Precision = "fp32",
         unassigned_below: float | None = None,
         gene_attention: bool = False,
@@ -102,7 +108,8 @@ class PretrainedModel:
         """Write predicted labels and their probabilities, and return `adata`.
 
         For a head named `annotation`: `.obs["annotation"]`, `.obs["annotation_probability"]`, and all probabilities in
-        `.obsm["annotation_probabilities"]`, columns in the order of `.uns["scfm"]["labels"]["annotation"]`.
+        `.obsm["annotation_probabilities"]`, columns in the order of `.uns["scfm"]["labels"]["annotation"]`. A head that
+        knows novel types labels them `Unassigned`, and writes how novel a cell is into `.obs["annotation_novelty"]`.
         With `gene_attention`, `.layers["gene_attention"]` (cells, genes of `adata`) says how much each gene is read by
         the others of its cell (see `scfm.gene_attention`).
 
@@ -111,9 +118,11 @@ class PretrainedModel:
             tokens_per_pack: most tokens in one forward pass.
             accept_normalised: as for `embed`.
             genes: as for `embed`.
+            orthologs: as for `embed`.
             precision: as for `embed`.
             unassigned_below: cells whose largest probability is lower are labelled `Unassigned` (scBERT's rule for
-                novel types, with 0.5); probabilities stay as they are.
+                novel types, with 0.5), in place of a head's own rule (`task.novel_types`); 0 labels every cell.
+                Probabilities stay as they are.
             gene_attention: whether to write how much each gene is attended to; only mixers, those of scBERT, tell.
 
         Raises:
@@ -122,11 +131,17 @@ class PretrainedModel:
         """
         if unassigned_below is not None and not 0 <= unassigned_below <= 1:
             raise ScfmError(f"unassigned_below: {unassigned_below} is not a probability; it lies between 0 and 1")
+        if gene_attention and orthologs is not None:
+            raise ScfmError(
+                "gene_attention: names the genes of the cells, and orthologs are named as the model's; translate the "
+                "cells first: orthologs.translate(adata, model.files.vocabulary)"
+            )
         network = self.network_at(precision)
-        heads = [head for head in self.files.heads if head.kind in ("cls", "genes") and head.n_out > 1]
+        heads = [head for head in self.files.heads if head.tells_classes]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
-        store = self.store(adata, accept_normalised, genes)
+        read = orthologs.translate(adata, self.files.vocabulary) if orthologs else adata
+        store = self.store(read, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
         with GeneAttention(network, self.source) if gene_attention else nullcontext() as attention:
@@ -141,7 +156,7 @@ class PretrainedModel:
             self.write_labels(adata, head, logits[head.task], unassigned_below)
         if attention is not None:
             attention.write(adata, self.files.vocabulary, genes)
-        adata.uns["scfm"] = self.provenance(adata, store, conditions, genes, precision)
+        adata.uns["scfm"] = self.provenance(read, store, conditions, genes, precision)
         if unassigned_below is not None:
             adata.uns["scfm"]["unassigned_below"] = unassigned_below
         return adata
@@ -157,8 +172,12 @@ class PretrainedModel:
         probabilities = softmax(logits, axis=1)  # (N, C)
         best, largest = np.array(head.labels, dtype=object)[probabilities.argmax(axis=1)], probabilities.max(axis=1)
         names = list(head.labels)
-        if unassigned_below is not None:
-            best[largest < unassigned_below] = UNASSIGNED
+        rejected = None if unassigned_below is None else largest < unassigned_below
+        if head.novelty is not None and head.threshold is not None:
+            adata.obs[f"{head.task}_novelty"] = score = novelty(logits, head.novelty)
+            rejected = score > head.threshold if rejected is None else rejected
+        if rejected is not None:
+            best[rejected] = UNASSIGNED
             names = list(dict.fromkeys([*names, UNASSIGNED]))
         adata.obs[head.task] = pd.Categorical(best, categories=names)
         adata.obs[f"{head.task}_probability"] = largest
@@ -200,7 +219,7 @@ class PretrainedModel:
             adata: cells with raw counts, and the labels in `.obs`.
             task: name of a registered task, or the recipe's task section, e.g.
                 `{"name": "annotation", "label": "louvain"}`.
-            **sections: other keys of the recipe, over those of `recipes/finetune/<task>.yaml`: `seed=1`,
+            **sections: other keys of the recipe, over those of the bundled one for task and model: `seed=1`,
                 `out="runs/mine"` (a temporary folder if not given), `trainer={"max_epochs": 5}` ...
         """
         from scfm.tasks import TASKS
@@ -261,11 +280,12 @@ class PretrainedModel:
     def packs(
         self,
         store: CellStore,
-        conditions: dict[str, NDArray[np.int64]],
+        conditions: Mapping[str, Codes],
         tokens_per_pack: int,
         cells_per_batch: int = CELLS_PER_BATCH,
+        rows: NDArray[np.int64] | None = None,
     ) -> Iterator[PackedBatch]:
-        """Yield packs of all cells in turn, nothing hidden.
+        """Yield packs of all cells, or of some rows, in turn, nothing hidden.
 
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
         """
@@ -273,7 +293,7 @@ class PretrainedModel:
         keys = store_hashes(store)
         loader = PackLoader(
             store,
-            CellOrder(range(store.n_cells), cells_per_batch, seed=tokens.seed, shuffle=False),
+            CellOrder(range(store.n_cells) if rows is None else rows, cells_per_batch, tokens.seed, shuffle=False),
             replace(self.files, value_kind=store.value_kind).tokeniser(tokens),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
             cell_conditions=conditions,
@@ -305,6 +325,7 @@ class PretrainedModel:
             "precision": precision,
             "cells_of_unknown_condition": {name: int((index < 0).sum()) for name, index in conditions.items()},
             "labels": {head.task: list(head.labels) for head in self.files.heads if head.labels},
+            **{name: adata.uns[name] for name in ("orthologs",) if name in adata.uns},
         }
 
 

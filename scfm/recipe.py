@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from scfm.errors import ScfmError
+from scfm.recipe_task import TaskConfig, wrong_task
 
 TiePolicy = Literal["left", "random"]
 
@@ -326,25 +327,6 @@ class WandbConfig:
 
 
 @dataclass
-class TaskConfig:
-    """The downstream task of a fine-tuning or evaluation run.
-
-    Args:
-        name: Registered task, e.g. annotation.
-        label: obs column that the task predicts.
-        class_weights: `balanced` weights classes by their inverse frequency; `none` counts every cell alike.
-        unlabelled: Values of the label column that mean "no label"; such cells are left out.
-        min_cells: Classes with fewer cells are an error.
-    """
-
-    name: str = "annotation"
-    label: str = "cell_type"
-    class_weights: Literal["none", "balanced"] = "none"
-    unlabelled: list[str] = field(default_factory=lambda: ["unknown", "nan", ""])
-    min_cells: int = 2
-
-
-@dataclass
 class Recipe:
     """Everything that defines a run; `from_model` stands under `from` in YAML: where fine-tuning starts."""
 
@@ -488,6 +470,7 @@ def check(recipe: Recipe) -> None:
         wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
     if recipe.optimizer.schedule == "cosine_restarts":
         wrong += wrong_cycles(recipe.optimizer)
+    wrong += wrong_task(recipe.task, recipe.trainable, data.valid_fraction) if recipe.task else []
     if wrong:
         raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
 

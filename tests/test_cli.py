@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cells import write_cells
 
+from scfm import cli
 from scfm.cli import RECIPE_VERBS, VERBS, function, main, verb_parser
 from scfm.recipe_reader import parse_recipe
 from scfm.version import __version__
@@ -94,6 +95,26 @@ def test_loading_a_model_needs_no_training_library() -> None:
     code = f"import sys, scfm; scfm.load; print([name for name in {heavy.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_a_result_that_did_not_pass_is_exit_code_1(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an evaluation in which a method failed: the report is written, and a script sees that it is not whole."""
+
+    class Result:
+        def __init__(self) -> None:
+            self.passed = passed
+
+    def work(task: str) -> None:
+        """Do it.
+
+        Args:
+            task: what.
+        """
+        return Result()  # type: ignore[return-value]
+
+    monkeypatch.setattr(cli, "function", lambda place: work)
+    assert main(["evaluate", "annotation"]) == code
 
 
 def test_options_have_dashes_and_take_underscores(tmp_path: Path) -> None:

@@ -65,11 +65,7 @@ def model_card(
         "## Training",
         "| | |",
         "|---|---|",
-        f"| objectives | {', '.join(f'{o.weight:g} x {o.name}' for o in recipe.objectives)} |",
-        f"| global batch | {recipe.data.cells_per_batch:,} cells |",
-        f"| optimizer | {recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, clip {recipe.optimizer.clip:g} |",
-        f"| steps | {max((row[0] for row in metrics), default=0):,} |",
-        f"| precision | {recipe.trainer.precision} |",
+        *how_trained(recipe, metrics),
         f"| seed | {recipe.seed} |",
     ]
     if recipe.from_model:
@@ -78,6 +74,29 @@ def model_card(
     if labels := labels_of(files):
         lines += ["## Labels", "", ", ".join(labels), ""]
     return "\n".join(lines)
+
+
+def how_trained(recipe: Recipe, metrics: Sequence[tuple[int, str, float]]) -> list[str]:
+    """Return what learned and how, as rows of a table."""
+    task = recipe.task
+    what = {
+        "full": f"all weights that match {', '.join(recipe.trainable)}",
+        "scratch": "all weights, from random ones",
+        "lora": f"low-rank updates, rank {task.lora.rank}, alpha {task.lora.alpha:g}, and the head" if task else "",
+        "probe": "logistic regression on the frozen cell embedding",
+        "zero_shot": f"nothing: the {task.neighbours} nearest labelled cells vote" if task else "",
+    }
+    setting = [f"| setting | {task.setting}: {what[task.setting]} |"] if task else []
+    if task and task.setting in ("probe", "zero_shot"):
+        return setting
+    return [
+        *setting,
+        f"| objectives | {', '.join(f'{o.weight:g} x {o.name}' for o in recipe.objectives)} |",
+        f"| global batch | {recipe.data.cells_per_batch:,} cells |",
+        f"| optimizer | {recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, clip {recipe.optimizer.clip:g} |",
+        f"| steps | {max((row[0] for row in metrics), default=0):,} |",
+        f"| precision | {recipe.trainer.precision} |",
+    ]
 
 
 def values_of(files: ModelFiles) -> str:

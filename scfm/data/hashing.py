@@ -12,8 +12,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from scfm.data.expression import take_cells
 from scfm.data.random import mix64
-from scfm.data.store import CellStore
+from scfm.data.store import PART, CellStore
 from scfm.errors import ScfmError
 
 
@@ -56,6 +57,26 @@ def store_hashes(store: CellStore) -> NDArray[np.uint64]:
     keys = store.vocabulary.gene_keys
     hashes = [profile_hashes(part.offsets, part.genes, part.values, keys) for part in store.in_turn()]
     return np.concatenate([np.empty(0, np.uint64), *hashes])
+
+
+def row_hashes(store: CellStore, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the `profile_hashes` of some cells of a store, (n,) uint64; only these are read."""
+    hashes = np.empty(len(rows), np.uint64)
+    for first in range(0, len(rows), PART):
+        for block, cells, inside in store.parts(rows[first : first + PART]):
+            taken = take_cells(block, inside)
+            keys = store.vocabulary.gene_keys
+            hashes[first + cells] = profile_hashes(taken.offsets, taken.genes, taken.values, keys)
+    return hashes
+
+
+def hashes_without(known: NDArray[np.uint64], cells: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return sorted hashes (m,) less those of some cells (n,), each of which takes one of its kind away."""
+    taken, counts = np.unique(cells, return_counts=True)
+    first = np.searchsorted(known, taken)
+    there = np.searchsorted(known, taken, side="right") - first
+    gone = [np.arange(at, at + min(n, m)) for at, n, m in zip(first, counts, there, strict=True)]
+    return np.delete(known, np.concatenate([np.empty(0, np.int64), *gone]))
 
 
 def save_hashes(path: Path, hashes: NDArray[np.uint64]) -> None:

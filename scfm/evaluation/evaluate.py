@@ -1,125 +1,133 @@
-"""`scfm evaluate`: a model on a task, on labelled cells, beside the baselines it must beat."""
+"""`scfm evaluate`: models on a task, on labelled cells, beside the baselines they must beat and the controls."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from scfm.errors import ScfmError
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scfm.evaluation.splits import Split
+from scfm.evaluation import asked
+from scfm.evaluation.harness import Comparison, compare
+from scfm.evaluation.leakage import TrainedOn
+from scfm.evaluation.learning_curve import learning_curve
+from scfm.evaluation.protocol import Kind, LabelledCells, Method, ModelInput
+from scfm.evaluation.protocols import protocol_of
+from scfm.evaluation.report import print_report, write_report
 
 
 def evaluate(
     task: str,
     *,
     model: str,
-    data: str,
+    data: Sequence[str],
     out: str,
     label: str = "cell_type",
+    batch: str | None = None,
+    donor: str | None = None,
     reference: str | None = None,
+    split: str = "random",
+    held_out: Sequence[str] = (),
+    splits: str | None = None,
+    setting: str | None = None,
     config: str | None = None,
     seeds: int = 3,
-) -> None:
-    """Fine-tune a model on labelled cells, predict held-out ones, and write report.html beside the baselines' scores.
+    curve: Sequence[int] = (),
+    strict: bool = False,
+) -> Comparison:
+    """Judge models beside the task's baselines and controls, all on the same splits with the same seeds.
 
-    Without a reference, a fifth of each type of `data` is held out, drawn anew for every seed. With one, the model is
-    fine-tuned on the reference and judged on all labelled cells of `data` whose type the reference has.
+    Prints one table and writes report.html, metrics.json and splits.json. A method that fails is a row with the
+    reason; the exit code is then 1.
 
     Args:
-        task: registered task: annotation.
-        model: Model directory.
-        data: h5ad file with raw counts and labels.
-        out: Folder for report.html, metrics.json, splits.json and the runs; must not exist or be empty.
+        task: annotation or integration.
+        model: Model directories, separated by commas.
+        data: h5ad files with raw counts and labels; several are put together on the genes they share.
+        out: Folder for the report and the runs; must not exist or be empty.
         label: obs column that holds the labels.
-        reference: h5ad file to fine-tune on, from another donor, batch or study.
+        batch: obs column of the batches (integration needs one; annotation for --split batch).
+        donor: obs column of the donors, over which intervals are given too; donor_id where it names several.
+        reference: h5ad file to learn from, of another donor, batch or study; the data are then what is judged on.
+        split: random, donor, batch, study, species, or an obs column: whole groups of it are held out.
+        held_out: The groups to hold out, by name; a fifth of them, drawn for each seed, if not given.
+        splits: Frozen splits, a report's splits.json, in place of new ones.
+        setting: How models are used, separated by commas; of a task's settings the first if not given.
         config: fine-tuning recipe; the bundled one of the task if not given.
         seeds: How often everything is repeated; one seed says nothing of the spread.
+        curve: For annotation, a learning curve too: with so many training cells of each type, 1 5 10 50.
+        strict: Refuse models that were trained on held-out cells, or do not say what they were trained on.
     """
     from scfm.data.hashing import store_hashes
-    from scfm.evaluation.harness import compare
-    from scfm.evaluation.methods import FineTuned
-    from scfm.evaluation.report import print_report, write_report
-    from scfm.inference import read_anndata
     from scfm.pretrained import load
     from scfm.recipe_reader import read_yaml
-    from scfm.tasks import TASKS
 
-    if task not in TASKS:
-        raise ScfmError(f"{task!r} is not a task that can be evaluated; choose one of {', '.join(sorted(TASKS))}")
+    protocol = protocol_of(task)
     if seeds < 1:
         raise ScfmError(f"--seeds {seeds}: at least 1")
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ScfmError(f"{folder}: is not empty; choose another --out")
-    start = load(model)
-    query = labelled(read_anndata(Path(data)), label, data)
-    if reference is None:
-        adata, splits = query, within(query, label, seeds)
-    else:
-        adata, splits = across(labelled(read_anndata(Path(reference)), label, reference), query, label, seeds)
-    hashes = store_hashes(start.store(adata))
+    if sum((reference is not None, splits is not None, split != "random")) > 1:
+        raise ScfmError("--reference, --splits and --split each say what is held out; give one of them")
+    files = [data] if isinstance(data, str) else list(data)
+    adata = asked.read_cells(files, label)
+    if reference is not None:
+        if protocol.transductive:
+            raise ScfmError(f"--reference: {task} is transductive; give all files as --data")
+        adata, divided = asked.across(asked.read_cells([reference], label), adata, label, seeds)
+    cells = LabelledCells(adata, label, batch, asked.donor_column(adata, donor))
+    if splits is not None:
+        divided = asked.frozen_splits(splits, adata)
+    elif reference is None:
+        divided = asked.splits_of(protocol, cells, split, held_out, seeds)
+
+    if curve and protocol.transductive:
+        raise ScfmError(f"--curve: {task} learns from no labels, so it has no learning curve")
     sections = read_yaml(Path(config)) if config else {}
-    method = FineTuned(f"{start.files.model.name} (scfm)", Path(model), folder / "runs", sections)
-    comparison = compare([method], adata, label, splits, task=task, cell_hashes=hashes)
-    where = Path(data).stem if reference is None else f"{Path(reference).stem} to {Path(data).stem}"
+    settings = setting.split(",") if setting else list(protocol.settings[:1])
+    paths = [Path(one) for one in model.split(",")]
+    methods: list[Method] = []
+    controls: list[tuple[Method, Kind]] = []
+    trained_on: dict[str, TrainedOn] = {}
+    hashes = None
+    for path in paths:
+        start = load(path)
+        name = f"{start.files.model.name} (scfm)" if len(paths) == 1 else run_name(path)
+        known = TrainedOn.of(start.files.training_data, start.files.cell_hashes, store_hashes(start.store(adata)))
+        hashes = known.cells if hashes is None else hashes
+        for way in settings:
+            called = name if len(settings) == 1 else f"{name}, {way.replace('_', ' ')}"
+            given = ModelInput(path, called, folder / "runs" / f"{run_name(path)}-{way}", way, sections)
+            methods.append(protocol.model(given))
+            if way != "scratch":  # starts from random weights, whatever the model has seen
+                trained_on[called] = known
+        untrained = "random weights" if len(paths) == 1 else f"{name}, random weights"
+        controls.append((protocol.untrained(ModelInput(path, untrained, folder / "runs")), "negative control"))
+    comparison = compare(
+        methods,
+        adata,
+        label,
+        divided,
+        task=protocol,
+        batch=batch,
+        donor=cells.donor,
+        controls=controls,
+        cell_hashes=hashes,
+        trained_on=trained_on,
+        strict=strict,
+    )
+    if curve:
+        rows = learning_curve(methods, adata, label, divided, cells_per_type=list(curve), cell_hashes=hashes)
+        comparison = replace(comparison, curve=rows)
+    where = " and ".join(Path(file).stem for file in files)
+    where = where if reference is None else f"{Path(reference).stem} to {where}"
     page = write_report(comparison, folder, title=f"{task.capitalize()} of {where}")
     print_report(comparison)
     print(f"open {page}")
+    return comparison
 
 
-def labelled(adata: AnnData, label: str, file: str) -> AnnData:
-    """Return the cells that have a label. Raises ScfmError where the column is absent or empty."""
-    from scfm.recipe import TaskConfig
-
-    if label not in adata.obs:
-        raise ScfmError(f"{file}: has no obs column {label!r}; it has {', '.join(map(str, adata.obs.columns))}")
-    names = adata.obs[label].astype(str).str.strip().str.lower()
-    known = ~names.isin(TaskConfig().unlabelled) & adata.obs[label].notna()
-    if not known.any():
-        raise ScfmError(f"{file}: no cell has a label in {label!r}")
-    return adata[known.to_numpy()].copy()
-
-
-def within(adata: AnnData, label: str, seeds: int) -> list[Split]:
-    """Return a stratified split for every seed."""
-    from scfm.evaluation.splits import stratified_split
-
-    labels = adata.obs[label].to_numpy(dtype=str)
-    return [stratified_split(labels, seed=seed) for seed in range(seeds)]
-
-
-def across(reference: AnnData, query: AnnData, label: str, seeds: int) -> tuple[AnnData, list[Split]]:
-    """Return both sets together on the genes they share, and the split between them, once for every seed."""
-    import anndata
-
-    from scfm.evaluation.splits import Split
-
-    known = query.obs[label].astype(str).isin(set(reference.obs[label].astype(str)))
-    if not known.any():
-        raise ScfmError(f"{label!r}: the reference and the data share no label, so nothing can be predicted")
-    both = [counts_of(reference), counts_of(query[known.to_numpy()].copy())]
-    if not len(both[0].var_names.intersection(both[1].var_names)):
-        raise ScfmError("the reference and the data share no gene name; name genes alike in both (.var_names)")
-    adata = anndata.concat(both, join="inner", index_unique="-", keys=["reference", "query"])
-    rows = np.arange(adata.n_obs)
-    train, test = rows[: reference.n_obs], rows[reference.n_obs :]
-    protocol = (
-        f"fitted on the reference, judged on the other set; {int((~known).sum())} cells of types it lacks left out"
-    )
-    return adata, [Split(train, test, seed, protocol) for seed in range(seeds)]
-
-
-def counts_of(adata: AnnData) -> AnnData:
-    """Return the cells with raw.X in place of X where there is one."""
-    if adata.raw is not None:
-        counts = adata.raw.to_adata()
-        counts.obs = adata.obs
-        return counts
-    adata.var_names_make_unique()
-    return adata
+def run_name(path: Path) -> str:
+    """Return what tells a model directory from others: its name, or its run's where it is called `model`."""
+    return path.resolve().parent.name if path.resolve().name == "model" else path.resolve().name

@@ -1,59 +1,28 @@
-"""Run every method on the same splits with the same seeds, the obligatory baselines always among them."""
+"""Run every method on the same splits with the same seeds, obligatory baselines and controls always among them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.baselines import OBLIGATORY
-from scfm.baselines.inputs import read_labels
 from scfm.errors import ScfmError
-from scfm.evaluation.leakage import Leakage, count_leakage
-from scfm.evaluation.metrics import METRICS, ClassificationScores, classification_scores
+from scfm.evaluation.leakage import Leakage, TrainedOn, count_leakage, leakage_of, refuse_leakage
+from scfm.evaluation.metrics import METRICS
+from scfm.evaluation.protocol import KINDS, EvaluationProtocol, Kind, LabelledCells, Method, Outcome
+from scfm.evaluation.protocols import protocol_of
 from scfm.evaluation.provenance import data_hash
 from scfm.evaluation.splits import Split
+from scfm.evaluation.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import anndata
-
-Kind = Literal["model", "baseline"]
-
-
-class Method(Protocol):
-    """Anything that learns labels from cells and predicts them: a foundation model, a baseline, your own classifier.
-
-    `fit` starts afresh each time it is called. After it, `classes` names the columns of the probabilities.
-    """
-
-    name: str
-    classes: list[str]
-
-    def describe(self) -> str:
-        """Return what the method does, in one sentence for the report."""
-        ...
-
-    def fit(self, adata: anndata.AnnData, label: str, seed: int) -> Any:
-        """Learn obs[label] from the training cells."""
-        ...
-
-    def predict(self, adata: anndata.AnnData) -> tuple[NDArray, NDArray]:
-        """Return labels (n,) and probabilities (n, C) of held-out cells, whose label column is not there."""
-        ...
-
-
-@runtime_checkable
-class Embeds(Protocol):
-    """A method that also gives cell embeddings."""
-
-    def embed(self, adata: anndata.AnnData) -> NDArray:
-        """Return the embedding of each cell, (n, d)."""
-        ...
 
 
 @runtime_checkable
@@ -66,25 +35,61 @@ class Pretrained(Protocol):
         ...
 
 
+@runtime_checkable
+class Sized(Protocol):
+    """A method that can say how many numbers it has learned."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of what was fitted last; None before."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
     """One method on one split.
 
     Attributes:
-        predicted: (n_test,) labels, in the order of `split.test`.
+        outcome: scores, and what figures and intervals are made from; None where the method failed.
+        failure: why it failed, in one line.
+        trace: where it failed, for whoever mends it.
         leakage: held-out cells among the training cells, pretraining included; None where those are not known.
         seconds_fit, seconds_predict: wall time.
+        peak_mib: the most memory that the process held meanwhile; None where the system does not tell.
+        parameters: of the fitted method, where it says so.
     """
 
     method: str
     kind: Kind
     split: int
     seed: int
-    predicted: NDArray[np.str_]
-    scores: ClassificationScores
-    leakage: Leakage | None
-    seconds_fit: float
-    seconds_predict: float
+    outcome: Outcome | None
+    failure: str | None = None
+    trace: str | None = None
+    leakage: Leakage | None = None
+    seconds_fit: float = 0.0
+    seconds_predict: float = 0.0
+    peak_mib: float | None = None
+    parameters: int | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Scores by metric; none where the method failed."""
+        return self.outcome.scores.values if self.outcome else {}
+
+    @property
+    def scores(self) -> Any:
+        """What the task made of the output. Raises ScfmError where the method failed."""
+        if self.outcome is None:
+            raise ScfmError(f"{self.method}: failed, and has no scores ({self.failure})")
+        return self.outcome.scores
+
+    @property
+    def predicted(self) -> NDArray[np.str_]:
+        """(n_test,) labels, in the order of `split.test`. Raises ScfmError where the task predicts none."""
+        if self.outcome is None or self.outcome.predicted is None:
+            raise ScfmError(f"{self.method}: predicted no labels")
+        return self.outcome.predicted
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Summary:
     n: int
 
     def __str__(self) -> str:
+        if np.isnan(self.mean):
+            return "–"
         return f"{self.mean:.3f}" if self.sd is None else f"{self.mean:.3f} ± {self.sd:.3f}"
 
 
@@ -104,88 +111,131 @@ class Comparison:
     """What `compare` found: all a report needs.
 
     Attributes:
+        protocol: what was asked, and how.
+        cells: the cells that it was asked on.
         labels: the fixed label list: every type with a held-out cell in some split.
         support: cells of each listed type in the whole data set.
         excluded: types that are never held out, and so are not scored.
-        truth: (N,) label of every cell.
-        cell_names: (N,) obs names.
+        splits: one per seed.
+        runs: one per method and split.
+        kinds: method name -> model, baseline or control.
         descriptions: method name -> what it does.
         duplicates: per split, held-out cells whose exact profile is also among the training cells; None without hashes.
-        embeddings: method name -> (N_0, d) embeddings of the first split's training cells, then its held-out cells.
+        data_sha256: hash of cells, genes, labels and values.
+        curve: rows as those of `rows()` with fewer training cells, each with `cells_per_type` and `training_cells`.
     """
 
-    task: str
-    label: str
+    protocol: EvaluationProtocol
+    cells: LabelledCells
     labels: list[str]
     support: list[int]
     excluded: list[str]
-    truth: NDArray[np.str_]
-    cell_names: NDArray[np.str_]
     splits: list[Split]
     runs: list[Run]
     kinds: dict[str, Kind]
     descriptions: dict[str, str]
     duplicates: list[Leakage] | None
     data_sha256: str
-    embeddings: dict[str, NDArray] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.protocol.name
+
+    @property
+    def label(self) -> str:
+        """The obs column of the labels."""
+        return self.cells.label
+
+    @property
+    def truth(self) -> NDArray[np.str_]:
+        """(N,) label of every cell."""
+        return self.cells.truth
+
+    @cached_property
+    def cell_names(self) -> NDArray[np.str_]:
+        """(N,) obs names."""
+        return self.cells.adata.obs_names.to_numpy(dtype=str)
 
     @cached_property
     def split_hashes(self) -> list[str]:
         """The sha256 of each split."""
         return [split.hash(self.cell_names.tolist()) for split in self.splits]
 
-    def runs_of(self, method: str) -> list[Run]:
-        """Return a method's runs, one per split."""
-        return [run for run in self.runs if run.method == method]
+    @property
+    def passed(self) -> bool:
+        """Whether no method failed."""
+        return not any(run.failure for run in self.runs)
 
-    def names(self, kind: Kind) -> list[str]:
-        """Return the names of the models or of the baselines, in the order they ran."""
-        return [name for name, its in self.kinds.items() if its == kind]
+    def runs_of(self, method: str) -> list[Run]:
+        """Return a method's runs that came to an end, in the order of the splits."""
+        return [run for run in self.runs if run.method == method and run.outcome is not None]
+
+    def failure(self, method: str) -> str | None:
+        """Return why a method failed, on the first split where it did, or None."""
+        failed = [run for run in self.runs if run.method == method and run.failure]
+        if not failed:
+            return None
+        seeds = ", ".join(str(run.seed) for run in failed)
+        of = "" if len(failed) == len(self.splits) else f" (seed {seeds})"
+        return f"failed{of}: {failed[0].failure}"
+
+    def embeddings(self, split: int = 0) -> dict[str, NDArray]:
+        """Return method name -> embedding (n, d) of a split's training cells, then its held-out ones."""
+        return {
+            run.method: run.outcome.embedding
+            for run in self.runs
+            if run.split == split and run.outcome is not None and run.outcome.embedding is not None
+        }
+
+    def names(self, *kinds: Kind) -> list[str]:
+        """Return the names of the methods of some kinds, in the order they ran."""
+        return [name for name, its in self.kinds.items() if its in kinds]
+
+    def ranked(self, *kinds: Kind) -> list[str]:
+        """Return those of them that failed on no split."""
+        return [name for name in self.names(*kinds) if self.failure(name) is None]
 
     def summary(self, method: str, metric: str) -> Summary:
-        """Return mean and standard deviation of a score over the splits."""
-        values = np.array([run.scores.values[metric] for run in self.runs_of(method)])
+        """Return mean and standard deviation of a score over the splits where the method came to an end."""
+        values = np.array([run.values[metric] for run in self.runs_of(method) if metric in run.values])
+        if not len(values):
+            return Summary(float("nan"), None, 0)
         return Summary(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, len(values))
 
     def mean_seconds(self, method: str) -> float:
-        """Return the wall time to fit and predict, averaged over the splits."""
+        """Return the wall time to fit and predict, averaged over the splits where the method came to an end."""
         return float(np.mean([run.seconds_fit + run.seconds_predict for run in self.runs_of(method)]))
 
-    def best(self, kind: Kind, metric: str) -> str | None:
-        """Return the model or baseline with the best mean score, or None where there is none of that kind."""
+    def best(self, metric: str, *kinds: Kind) -> str | None:
+        """Return the method of some kinds with the best mean score, or None where there is none."""
         sign = 1 if METRICS[metric].higher_is_better else -1
-        return max(self.names(kind), key=lambda name: sign * self.summary(name, metric).mean, default=None)
+        scored = [name for name in self.ranked(*kinds) if not np.isnan(self.summary(name, metric).mean)]
+        return max(scored, key=lambda name: sign * self.summary(name, metric).mean, default=None)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one flat row per method, seed and metric."""
+        """Return one flat row per method, seed and metric, and one per failed run, whose metric and value are None."""
         return [
             {
                 "task": self.task,
                 "method": run.method,
                 "kind": run.kind,
                 "seed": run.seed,
-                "split": self.split_hashes[run.split],
+                "split_sha256": self.split_hashes[run.split],
+                "data_sha256": self.data_sha256,
                 "metric": metric,
                 "value": value,
+                "failure": run.failure,
+                "cells_seen_in_training": run.leakage.seen if run.leakage else None,
                 "seconds_fit": round(run.seconds_fit, 3),
                 "seconds_predict": round(run.seconds_predict, 3),
+                "peak_mib": None if run.peak_mib is None else round(run.peak_mib, 1),
+                "parameters": run.parameters,
             }
             for run in self.runs
-            for metric, value in run.scores.values.items()
+            for metric, value in (run.values.items() if run.outcome else [(None, None)])
         ]
-
-
-def _aligned(probabilities: NDArray, classes: list[str], labels: list[str], method: str, n: int) -> NDArray[np.float64]:
-    """Return probabilities (n, L) in the order of the label list; a type that the method does not know gets 0."""
-    if probabilities.shape != (n, len(classes)):
-        raise ScfmError(
-            f"{method}: probabilities are {probabilities.shape}, expected ({n}, {len(classes)}): cells, classes"
-        )
-    aligned = np.zeros((n, len(labels)))
-    for k, name in enumerate(labels):
-        if name in classes:
-            aligned[:, k] = probabilities[:, classes.index(name)]
-    return aligned
 
 
 def compare(
@@ -194,78 +244,120 @@ def compare(
     label: str,
     splits: Sequence[Split],
     *,
-    task: str = "annotation",
+    task: str | EvaluationProtocol = "annotation",
+    batch: str | None = None,
+    donor: str | None = None,
+    controls: Sequence[tuple[Method, Kind]] = (),
     cell_hashes: NDArray[np.uint64] | None = None,
+    trained_on: Mapping[str, TrainedOn] | None = None,
+    strict: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Score methods beside the task's obligatory baselines, all on the same splits with the same seeds.
+    """Score methods beside the task's obligatory baselines and controls, all on the same splits with the same seeds.
 
-    Held-out cells are handed to `predict` and `embed` without their labels. Embeddings are taken on the first split.
+    A method that fails is a run with the reason; the others go on.
 
     Args:
-        methods: What is to be judged; the baselines of the task are added here and need not be given.
-        label: obs column to predict.
+        methods: What is to be judged; the baselines and controls of the task are added here and need not be given.
+        adata: The cells.
+        label: obs column of the labels.
         splits: One per seed, of the rows of `adata`.
+        task: A registered task, or a protocol of your own.
+        batch: obs column of the batches, for tasks that need one.
+        donor: obs column of the donors, over which intervals are given as well.
+        controls: More controls than the task's own, as random weights of a model.
         cell_hashes: (N,) profile hash of each row of `adata`; with them overlap with the training cells is counted.
+        trained_on: method name -> what that method says it was trained on, where it was before it came here.
+        strict: refuse a method that was trained on held-out cells, or does not say what it was trained on.
+        say: is told which method runs on which split.
 
-    Raises ScfmError for an unknown task, no split, two methods of one name, missing labels, or a method that knows its
-    training cells while `cell_hashes` is absent.
+    Raises ScfmError for an unknown task, no split, two methods of one name, missing labels or batches, a method that
+    knows its training cells while no hashes are given, and under `strict` for leakage.
     """
-    if task not in OBLIGATORY:
-        raise ScfmError(f"no task {task!r}; there is {', '.join(OBLIGATORY)}")
+    protocol = protocol_of(task) if isinstance(task, str) else task
     if not splits:
         raise ScfmError("no split to compare on; draw one per seed with stratified_split")
-    baselines: list[Method] = [baseline() for baseline in OBLIGATORY[task]]
+    if protocol.needs_batch and batch is None:
+        raise ScfmError(f"{protocol.name}: names no batch column; it is needed to say what should be mixed")
+    cells = LabelledCells(adata, label, batch, donor)
     candidates: list[tuple[Method, Kind]] = [(method, "model") for method in methods]
-    candidates += [(baseline, "baseline") for baseline in baselines]
-    kinds: dict[str, Kind] = {method.name: kind for method, kind in candidates}
-    if len(kinds) < len(candidates):
-        raise ScfmError(f"method names repeat: {', '.join(method.name for method, _ in candidates)}")
-    truth = read_labels(adata, label)
-    labels, support = np.unique(truth, return_counts=True)
-    held_out = set(truth[np.concatenate([split.test for split in splits])])
+    candidates += [(baseline, "baseline") for baseline in protocol.baselines()]
+    candidates += sorted([*controls, *protocol.controls(cells)], key=lambda pair: KINDS.index(pair[1]))
+    counted = Counter(method.name for method, _ in candidates)
+    if repeated := [name for name, n in counted.items() if n > 1]:
+        raise ScfmError(f"method names repeat: {', '.join(repeated)}")
+    labels, support = np.unique(cells.truth, return_counts=True)
+    held_out = set(cells.truth[np.concatenate([split.test for split in splits])])
     listed = [str(name) for name in labels if name in held_out]
 
+    counted_before = {
+        (name, k): leakage_of(known, cells, split.test)
+        for name, known in (trained_on or {}).items()
+        for k, split in enumerate(splits)
+    }
+    if strict:
+        for (name, _), leakage in counted_before.items():
+            refuse_leakage(name, leakage)
     runs: list[Run] = []
     duplicates: list[Leakage] = []
-    embeddings: dict[str, NDArray] = {}
     for k, split in enumerate(splits):
-        train, test = adata[split.train].copy(), adata[split.test].copy()
-        del test.obs[label]
-        if cell_hashes is not None:
+        if cell_hashes is not None and not protocol.transductive:
             duplicates.append(count_leakage(cell_hashes[split.test], np.sort(cell_hashes[split.train])))
         for method, kind in candidates:
-            started = time.perf_counter()
-            method.fit(train, label, split.seed)
-            fitted = time.perf_counter()
-            predicted, probabilities = method.predict(test)
-            finished = time.perf_counter()
-            leakage = None
-            if isinstance(method, Pretrained) and (known := method.training_hashes) is not None:
+            say(f"seed {split.seed}: {method.name}")
+            leakage, said_before = counted_before.get((method.name, k)), (method.name, k) in counted_before
+            run = _run(protocol, method, kind, cells, split, k, listed)
+            if not said_before and isinstance(method, Pretrained) and (known := method.training_hashes) is not None:
                 if cell_hashes is None:
                     raise ScfmError(f"{method.name} knows its training cells: pass cell_hashes to check for leakage")
                 leakage = count_leakage(cell_hashes[split.test], known)
-            aligned = _aligned(probabilities, method.classes, listed, method.name, len(split.test))
-            predicted = np.asarray(predicted, dtype=str)
-            scores = classification_scores(truth[split.test], predicted, listed, aligned)
-            seconds = fitted - started, finished - fitted
-            runs.append(Run(method.name, kind, k, split.seed, predicted, scores, leakage, *seconds))
-            if k == 0 and isinstance(method, Embeds):
-                unlabelled = train.copy()
-                del unlabelled.obs[label]
-                embeddings[method.name] = np.concatenate([method.embed(unlabelled), method.embed(test)])
+            if strict and kind == "model" and not said_before and run.failure is None:
+                refuse_leakage(method.name, leakage)
+            runs.append(replace(run, leakage=leakage))
     return Comparison(
-        task=task,
-        label=label,
+        protocol=protocol,
+        cells=cells,
         labels=listed,
         support=[int(n) for name, n in zip(labels, support, strict=True) if name in held_out],
         excluded=[str(name) for name in labels if name not in held_out],
-        truth=truth,
-        cell_names=adata.obs_names.to_numpy(dtype=str),
         splits=list(splits),
         runs=runs,
-        kinds=kinds,
+        kinds={method.name: kind for method, kind in candidates},
         descriptions={method.name: method.describe() for method, _ in candidates},
         duplicates=duplicates or None,
         data_sha256=data_hash(adata, label),
-        embeddings=embeddings,
+    )
+
+
+def _run(
+    protocol: EvaluationProtocol,
+    method: Method,
+    kind: Kind,
+    cells: LabelledCells,
+    split: Split,
+    number: int,
+    labels: list[str],
+) -> Run:
+    """Run a method on a split; what it raises becomes the reason of a failed run."""
+    watch = Stopwatch()
+    outcome = failure = trace = None
+    try:
+        outcome = protocol.run(method, cells, split, labels, watch.measure, shown=number == 0)
+    except Exception as error:  # methods are other people's code: whatever they raise, the others go on
+        failure = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, ScfmError):
+            failure = f"{type(error).__name__}: {failure}"
+        trace = traceback.format_exc()
+    return Run(
+        method.name,
+        kind,
+        number,
+        split.seed,
+        outcome,
+        failure,
+        trace,
+        seconds_fit=watch.seconds["fit"],
+        seconds_predict=watch.seconds["predict"],
+        peak_mib=watch.peak_mib,
+        parameters=method.parameters if failure is None and isinstance(method, Sized) else None,
     )

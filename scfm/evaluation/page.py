@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from math import isnan
+from typing import TYPE_CHECKING, Any
 
-from scfm.evaluation.harness import Comparison, Summary
 from scfm.evaluation.metrics import METRICS
-from scfm.evaluation.verdict import Difference, signed
+from scfm.evaluation.verdict import Difference, capitalised, leaked, signed, uninformative
+
+if TYPE_CHECKING:
+    from scfm.evaluation.harness import Comparison, Run, Summary
+    from scfm.evaluation.protocol import Kind
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d2433; --faint: #6b7280; --rule: #d9dde3; --model: #c2410c; }
@@ -34,6 +38,10 @@ thead th { font-weight: 600; border-bottom: 0.75px solid var(--ink); vertical-al
 tbody.group + tbody.group tr:first-child td { border-top: 0.75px solid var(--rule); }
 td small { color: var(--faint); font-size: 11.5px; }
 td.model { font-weight: 600; color: var(--model); }
+tr.control td { color: var(--faint); }
+td.failed { text-align: left; white-space: normal; color: var(--faint); }
+th small { display: block; font-weight: 400; color: var(--faint); font-size: 11.5px; }
+tr.kind td { padding-top: 10px; font-size: 11.5px; color: var(--faint); }
 .best { font-weight: 700; }
 caption, figcaption { font-size: 13px; line-height: 1.5; color: var(--faint); text-align: left; }
 caption { caption-side: top; padding-bottom: 8px; } caption b, figcaption b { color: var(--ink); }
@@ -46,6 +54,9 @@ code { font: 12px ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monos
 @media print { main { max-width: none; padding: 0; } body { font-size: 11pt; } h2 { break-after: avoid; } }
 @page { margin: 20mm 18mm; }
 """
+
+
+MOST_ABREAST = 6  # columns with the spread beside the mean; of more it stands beneath
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,12 @@ def render(
 ) -> str:
     """Return the page: verdict, tables, caveats, figures, methods, provenance, in this order."""
     n_seeds = len(comparison.splits)
-    split = comparison.splits[0]
+    split, protocol = comparison.splits[0], comparison.protocol
+    held_out = "" if protocol.transductive else f" ({len(split.test):,} cells)"
     byline = (
+        f"{capitalised(protocol.question)}. "
         f"{len(comparison.truth):,} cells, {len(comparison.labels)} types of <code>{escape(comparison.label)}</code>. "
-        f"{escape(split.protocol[:1].upper() + split.protocol[1:])} ({len(split.test):,} cells), "
+        f"{escape(split.protocol[:1].upper() + split.protocol[1:])}{held_out}, "
         f"{n_seeds} seed{'s' if n_seeds > 1 else ''}; every method on the same splits."
     )
     verdict = "".join(f"<p>{escape(str(one))}</p>" for one in differences) or "<p>Baselines only.</p>"
@@ -78,9 +91,9 @@ def render(
     pictures = "".join(figure_html(number, figure) for number, figure in enumerate(figures, start=1))
     body = (
         f'<h1>{escape(title)}</h1><p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
-        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{notes}\n{pictures}\n"
+        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{_cost_table(comparison)}\n{notes}\n{pictures}\n"
         f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
-        f"<h2>Scores</h2>{definitions({one.title: escape(one.protocol) for one in METRICS.values()})}\n"
+        f"<h2>Scores</h2>{definitions(_metrics(comparison))}\n"
         f"<h2>Provenance</h2>{definitions(_provenance(comparison, origin))}"
     )
     return document(title, body)
@@ -114,62 +127,146 @@ def figure_html(number: int, figure: Figure) -> str:
     )
 
 
-def _score(summary: Summary, best: bool) -> str:
+def _metrics(comparison: Comparison) -> dict[str, str]:
+    listed = (*comparison.protocol.metrics, *comparison.protocol.further)
+    return {METRICS[name].title: escape(METRICS[name].protocol) for name in listed}
+
+
+def _score(summary: Summary, best: bool, beneath: bool) -> str:
+    if isnan(summary.mean):
+        return "–"
     mean = f'<span class="best">{summary.mean:.3f}</span>' if best else f"{summary.mean:.3f}"
-    return mean if summary.sd is None else f"{mean} <small>± {summary.sd:.3f}</small>"
+    return mean if summary.sd is None else f"{mean}{'<br>' if beneath else ' '}<small>± {summary.sd:.3f}</small>"
+
+
+GROUPS: dict[Kind, str] = {
+    "model": "Models",
+    "baseline": "Baselines",
+    "negative control": "Negative controls: they know nothing",
+    "positive control": "Positive controls: they know the answer",
+}
+
+
+def _groups(comparison: Comparison, columns: int, cells: Callable[[str], str]) -> str:
+    """Return the rows of a table by kind of method; `cells` gives all but the name of a method that did not fail."""
+    groups = []
+    for kind, heading in GROUPS.items():
+        lines = []
+        for name in comparison.names(kind):
+            why = comparison.failure(name)
+            rest = cells(name) if why is None else f'<td class="failed" colspan="{columns}">{escape(why)}</td>'
+            mark = " †" if leaked(comparison, name) else ""
+            row = ' class="control"' if kind.endswith("control") else ""
+            lines.append(f'<tr{row}><td class="{kind.split()[-1]}">{escape(name)}{mark}</td>{rest}</tr>')
+        if lines:
+            first = f'<tr class="kind"><td colspan="{columns + 1}">{heading}</td></tr>'
+            groups.append(f'<tbody class="group">{first}{"".join(lines)}</tbody>')
+    return "".join(groups)
 
 
 def _score_table(comparison: Comparison) -> str:
-    winners = {
-        metric: max(
-            comparison.kinds,
-            key=lambda name: (1 if METRICS[metric].higher_is_better else -1) * comparison.summary(name, metric).mean,
-        )
-        for metric in METRICS
-    }
-    head = "".join(f"<th>{METRICS[metric].title[:1].upper() + METRICS[metric].title[1:]}</th>" for metric in METRICS)
-    groups = []
-    for kind in ("model", "baseline"):
-        lines = []
-        for name in comparison.names(kind):
-            scores = "".join(
-                f"<td>{_score(comparison.summary(name, metric), winners[metric] == name)}</td>" for metric in METRICS
-            )
-            seconds = f"{comparison.mean_seconds(name):,.1f}"
-            lines.append(f'<tr><td class="{kind}">{escape(name)}</td>{scores}<td>{seconds}</td></tr>')
-        if lines:
-            groups.append(f'<tbody class="group">{"".join(lines)}</tbody>')
     n = len(comparison.splits)
     spread = f"Mean ± standard deviation over {n} seeds" if n > 1 else "One seed, so there is no spread"
-    caption = (
-        f"<b>Table 1. Scores on held-out cells.</b> {spread}; best of a column in bold; seconds to fit and predict."
+    where = "Scores, transductive" if comparison.protocol.transductive else "Scores on held-out cells"
+    notes = [f"{spread}; best model or baseline of a column in bold."]
+    if uninformative(comparison):
+        notes.append("Uninformative: a negative control scores at least as well as the best method.")
+    if any(leaked(comparison, name) for name in comparison.kinds):
+        notes.append("† trained on some of these cells.")
+    tables = [_scores_of(comparison, comparison.protocol.metrics, f"<b>Table 1. {where}.</b> {' '.join(notes)}")]
+    if comparison.protocol.further:
+        tables.append(_scores_of(comparison, comparison.protocol.further, "<b>Table 1, continued.</b> Further scores."))
+    return "".join(tables)
+
+
+def _scores_of(comparison: Comparison, metrics: Sequence[str], caption: str) -> str:
+    silent = uninformative(comparison)
+    winners = {metric: comparison.best(metric, "model", "baseline") for metric in metrics}
+    head = "".join(
+        f"<th>{capitalised(METRICS[metric].title)}{'<small>uninformative</small>' if metric in silent else ''}</th>"
+        for metric in metrics
     )
+
+    def cells(name: str) -> str:
+        scores = {metric: comparison.summary(name, metric) for metric in metrics}
+        return "".join(
+            f"<td>{_score(score, winners[metric] == name, len(metrics) > MOST_ABREAST)}</td>"
+            for metric, score in scores.items()
+        )
+
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}<th>Seconds</th></tr>'
-        f"</thead>{''.join(groups)}</table></div>"
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr>'
+        f"</thead>{_groups(comparison, len(metrics), cells)}</table></div>"
     )
 
 
 def _difference_table(differences: Sequence[Difference]) -> str:
     if not differences:
         return ""
-    words = {"model": "model ahead", "baseline": "baseline ahead", "undecided": "not told apart"}
+    words = {
+        "model": "model ahead",
+        "baseline": "baseline ahead",
+        "undecided": "not told apart",
+        "uninformative": "uninformative",
+    }
+    donors = next((one.donors for one in differences if one.donors), None)
+
+    def over_donors(one: Difference) -> str:
+        return f"<td>{signed(one.donors.low)} to {signed(one.donors.high)}</td>" if one.donors else "<td>–</td>"
+
     lines = "".join(
         f'<tr><td class="model">{escape(one.model)}</td><td class="text">{escape(METRICS[one.metric].title)}</td>'
         f'<td class="text">{escape(one.baseline)}</td><td>{signed(one.interval.difference)}</td>'
         f"<td>{signed(one.interval.low)} to {signed(one.interval.high)}</td>"
+        f"{over_donors(one) if donors else ''}"
         f'<td>{one.seeds_ahead} of {one.seeds}</td><td class="text">{words[one.outcome]}</td></tr>'
         for one in differences
     )
+    over = f", and over {donors.units} donors and cells within them" if donors else ""
     caption = (
         "<b>Table 2. Difference to the best baseline.</b> Model minus baseline; 95% paired bootstrap interval over "
-        f"{differences[0].interval.units:,} distinct held-out cells, resampled within types; fitted models held fixed."
+        f"{differences[0].interval.units:,} distinct held-out cells, resampled within types{over}; what was fitted is "
+        "held fixed."
     )
     return (
         f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Model</th><th class="text">Score</th>'
-        '<th class="text">Best baseline</th><th>Difference</th><th>95% interval</th><th>Seeds ahead</th>'
+        '<th class="text">Best baseline</th><th>Difference</th><th>95% interval, cells</th>'
+        f"{'<th>95% interval, donors</th>' if donors else ''}<th>Seeds ahead</th>"
         f'<th class="text">Outcome</th></tr></thead><tbody>{lines}</tbody></table></div>'
     )
+
+
+def _cost_table(comparison: Comparison) -> str:
+    n_cells = len(comparison.truth) if comparison.protocol.transductive else len(comparison.splits[0].test)
+
+    def cells(name: str) -> str:
+        runs = comparison.runs_of(name)
+        fit, predict = (sum(getattr(run, f"seconds_{step}") for run in runs) / len(runs) for step in ("fit", "predict"))
+        # a transductive method embeds the cells while it is fitted
+        each = (predict or fit) / n_cells * 10_000
+        predicting = "–" if comparison.protocol.transductive else _number(predict)
+        shown = (_number(fit), predicting, _number(each), _most(runs, "peak_mib"), _most(runs, "parameters"))
+        return "".join(f"<td>{value}</td>" for value in shown)
+
+    caption = (
+        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
+        "and libraries included."
+    )
+    heads = ("Fit, s", "Predict, s", "Seconds per 10,000 cells", "Peak, MiB", "Parameters")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return (
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr></thead>'
+        f"{_groups(comparison, len(heads), cells)}</table></div>"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def _most(runs: Sequence[Run], what: str) -> str:
+    found = [value for run in runs if (value := getattr(run, what)) is not None]
+    return f"{max(found):,.0f}" if found else "–"
 
 
 def _provenance(comparison: Comparison, origin: dict[str, Any]) -> dict[str, str]:
@@ -178,7 +275,7 @@ def _provenance(comparison: Comparison, origin: dict[str, Any]) -> dict[str, str
             f"seed {run.seed}: {run.leakage or 'not known; the method does not say what it was trained on'}"
             for run in comparison.runs_of(model)
         )
-        for model in comparison.names("model")
+        for model in comparison.ranked("model")
     }
     splits = "<br>".join(
         f"seed {split.seed}: {len(split.train):,} training, {len(split.test):,} held out, <code>{digest}</code>"

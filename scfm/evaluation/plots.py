@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scfm.baselines.majority_bin import majority_bins_of
 from scfm.evaluation.metrics import METRICS
+from scfm.evaluation.protocol import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,8 @@ LINE_OF_SIDE: dict[str, dict[str, Any]] = {
 # Paul Tol's muted scheme: nine hues that stay apart for all common kinds of colour blindness
 HUES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
 MARKERS = "os^DvP"
+WARM = ("#c2410c", "#f59e0b", "#be185d", "#7c2d12", "#eab308")
+BLUES = ("#0f4c75", "#2a6f97", "#468faf", "#61a5c2", "#89c2d9", "#a8b3c1")
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8.5,
@@ -82,30 +85,34 @@ def new_figure(
 
 
 def _colours(comparison: Comparison) -> dict[str, str]:
-    """Return a colour per method: models in warm tones, the best baseline darkest among cool greys."""
-    warm, cool = ("#c2410c", "#f59e0b", "#be185d"), ("#0f4c75", "#5b8db8", "#a8b3c1")
-    ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, "macro_f1").mean)
-    colours = {name: warm[k % len(warm)] for k, name in enumerate(comparison.names("model"))}
-    return colours | {name: cool[min(k, len(cool) - 1)] for k, name in enumerate(ranked)}
+    """Return a colour per method: models in warm tones, the best baseline darkest among blues, controls in grey."""
+    main = comparison.protocol.main
+    ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, main).mean)
+    colours = {name: WARM[k % len(WARM)] for k, name in enumerate(comparison.names("model"))}
+    colours |= {name: BLUES[min(k, len(BLUES) - 1)] for k, name in enumerate(ranked)}
+    return colours | dict.fromkeys(comparison.names("negative control", "positive control"), FAINT)
 
 
 def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
-    """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric."""
+    """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric, a rule between the kinds."""
     colours = _colours(comparison)
-    names = list(comparison.kinds)[::-1]
-    with new_figure(7.2, 0.55 + 0.34 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
+    names = comparison.ranked(*KINDS)[::-1]
+    with new_figure(7.2, 0.55 + 0.29 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
         for axis, metric in zip(axes, metrics, strict=True):
             for y, name in enumerate(names):
-                values = np.array([run.scores.values[metric] for run in comparison.runs_of(name)])
+                values = np.array([run.values[metric] for run in comparison.runs_of(name)])
                 axis.plot([values.mean()] * 2, [y - 0.27, y + 0.27], color=colours[name], lw=2.2, solid_capstyle="butt")
                 axis.scatter(values, np.full(len(values), y), s=22, color=colours[name], alpha=0.55, lw=0)
+                if y and comparison.kinds[name] != comparison.kinds[names[y - 1]]:
+                    axis.axhline(y - 0.5, color=RULE, lw=0.8)
             axis.set_title(METRICS[metric].title)
-            axis.set_xlim(0, 1.02)
+            axis.set_xlim(min(0, axis.get_xlim()[0]), 1.02)
             axis.grid(axis="x")
             axis.spines["left"].set_visible(False)
         axes[0].set_yticks(range(len(names)), names)
         for text, name in zip(axes[0].get_yticklabels(), names, strict=True):
             text.set_fontweight("bold" if comparison.kinds[name] == "model" else "normal")
+            text.set_color(FAINT if comparison.kinds[name].endswith("control") else INK)
     return drawn.getvalue()
 
 
@@ -172,6 +179,104 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
     return drawn.getvalue()
 
 
+def umap_rows(embeddings: Mapping[str, NDArray], colourings: Mapping[str, NDArray[np.str_]]) -> bytes:
+    """Draw the UMAP of each embedding in a column, coloured by one property of the cells in each row.
+
+    Args:
+        embeddings: title -> (n, d).
+        colourings: what is coloured by -> (n,) names, a legend each.
+    """
+    from matplotlib.lines import Line2D
+
+    n = len(next(iter(colourings.values())))
+    order = np.random.default_rng(0).permutation(n)  # else the last batch covers the others
+    with new_figure(7.2, 0.3 + (0.3 + 6.6 / max(len(embeddings), 2)) * len(colourings)) as (figure, (axis,), drawn):
+        axis.remove()
+        rows = figure.subfigures(len(colourings), 1, squeeze=False)[:, 0]
+        points = {title: umap_of(embedding)[order] for title, embedding in embeddings.items()}
+        for row, (what, names) in zip(rows, colourings.items(), strict=True):
+            kinds, counts = np.unique(names, return_counts=True)
+            kinds = kinds[np.argsort(-counts)] if what == next(iter(colourings)) else kinds
+            hues = HUES if row is rows[0] else HUES[::-1]  # a batch is not taken for a type
+            hue = {kind: hues[k % len(hues)] for k, kind in enumerate(kinds)}
+            colours = [hue[name] for name in names[order]]
+            for panel, (title, place) in zip(
+                row.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True
+            ):
+                panel.scatter(place[:, 0], place[:, 1], s=max(1.5, min(9, 6000 / n)), c=colours, alpha=0.75, lw=0)
+                panel.set_title(fill(title, 72 // len(points)) if row is rows[0] else "")
+                panel.set(xticks=[], yticks=[])
+                panel.spines[["left", "bottom"]].set_visible(False)
+                panel.set_box_aspect(0.95)
+            handles = [Line2D([], [], color=hue[kind], marker="o", ls="", ms=5, label=kind) for kind in kinds]
+            columns = len(kinds) if sum(map(len, kinds)) + 6 * len(kinds) < 110 else 3
+            place_of = {"loc": "outside lower center", "ncols": columns, "columnspacing": 1.4}
+            row.legend(handles=handles, title=f"by {what}", **place_of)
+    return drawn.getvalue()
+
+
+def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
+    """Draw every method's mean of one score against another, named, with lines of equal 0.6 y + 0.4 x."""
+    colours = _colours(comparison)
+    markers = {"model": "D", "baseline": "o", "negative control": "x", "positive control": "*"}
+    with new_figure(7.2, 4.4) as (_, (axis,), drawn):
+        for level in np.arange(0.1, 1.0, 0.1):
+            axis.plot([0, 1], [level / 0.6, (level - 0.4) / 0.6], color=RULE, lw=0.8, ls=":", zorder=1)
+            if level >= 0.45:
+                axis.text(1.012, (level - 0.4) / 0.6, f"{level:.1f}", color=FAINT, fontsize=7, va="center")
+        placed: list[tuple[float, float]] = []
+        for name in comparison.ranked(*KINDS):
+            at = comparison.summary(name, x).mean, comparison.summary(name, y).mean
+            kind = comparison.kinds[name]
+            axis.scatter([at[0]], [at[1]], s=44, color=colours[name], marker=markers[kind], zorder=3)
+            # names of neighbouring points stand above one another
+            below = sum(abs(at[0] - px) < 0.2 and abs(at[1] - py) < 0.045 for px, py in placed)
+            placed.append((at[0], at[1]))
+            left = at[0] > 0.72
+            axis.annotate(
+                name,
+                at,
+                xytext=(-8 if left else 8, -11 * below),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                color=INK if kind in ("model", "baseline") else FAINT,
+                fontweight="bold" if kind == "model" else "normal",
+            )
+        axis.set(xlim=(0, 1.06), ylim=(0, 1.04), xlabel=METRICS[x].title, ylabel=METRICS[y].title)
+        axis.grid()
+    return drawn.getvalue()
+
+
+def learning_curve(comparison: Comparison, metrics: Sequence[str]) -> bytes:
+    """Draw scores by the number of training cells, a panel for each metric: mean over seeds, bars the deviation."""
+    colours = _colours(comparison)
+    names = comparison.ranked("model", "baseline")
+    cells = {split.seed: len(split.train) for split in comparison.splits}
+    rows = [*comparison.curve, *(row | {"training_cells": cells[row["seed"]]} for row in comparison.rows())]
+    with new_figure(7.2, 3.6, len(metrics), sharey=True) as (figure, axes, drawn):
+        for axis, metric in zip(axes, metrics, strict=True):
+            for name in names:
+                found: dict[Any, list[tuple[int, float]]] = {}
+                for row in rows:
+                    if (row["method"], row["metric"]) == (name, metric):
+                        found.setdefault(row.get("cells_per_type"), []).append((row["training_cells"], row["value"]))
+                points = sorted((*np.mean(of, axis=0), np.std(of, axis=0)[1]) for of in found.values())
+                x, y, spread = np.array(points).T
+                model = comparison.kinds[name] == "model"
+                style: dict[str, Any] = {"color": colours[name], "lw": 1.8 if model else 1.1}
+                marker = "D" if model else "o"
+                axis.errorbar(x, y, spread, marker=marker, ms=4, elinewidth=0.8, label=name, **style)
+            axis.set_xscale("log")
+            axis.set_title(METRICS[metric].title)
+            axis.set_xlabel("training cells")
+            axis.set_ylim(0, 1.02)
+            axis.grid(axis="y")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.6)
+    return drawn.getvalue()
+
+
 def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
     """Draw confusion matrices side by side, summed over splits: shade by share of the true type, numbers are cells."""
     tables = [np.sum([run.scores.confusion for run in comparison.runs_of(name)], axis=0) for name in methods]
@@ -183,7 +288,8 @@ def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
     n = len(order)
     listed = [*order, *range(n, len(columns))]
     columns = [columns[k] for k in listed]
-    with new_figure(7.2, 1.6 + 0.22 * n, len(methods), sharey=True) as (_, axes, drawn):
+    longest = max(map(len, columns))
+    with new_figure(7.2, 0.9 + 0.22 * n + 0.06 * longest, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name, table in zip(axes, methods, tables, strict=True):
             table = table[np.ix_(order, listed)]
             totals = table.sum(1, keepdims=True)
@@ -211,15 +317,18 @@ def per_class_f1(comparison: Comparison) -> bytes:
     """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
     colours = _colours(comparison)
     order = np.argsort(comparison.support, kind="stable")
-    names = list(comparison.kinds)
-    with new_figure(7.2, 1.1 + 0.36 * len(order)) as (figure, (axis,), drawn):
+    names = comparison.ranked("model", "baseline")
+    with new_figure(7.2, 1.1 + max(0.36, 0.09 * len(names)) * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
-            scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
-            y = np.arange(len(order)) + 0.62 * (0.5 - (k + 0.5) / len(names))
+            runs = [run.scores for run in comparison.runs_of(name)]
+            # a type without a held-out cell in a split has no F1 there
+            found = [np.where(one.confusion.sum(1) > 0, one.f1, np.nan) for one in runs]
+            scores = np.array(found)[:, order]  # (seeds, L)
+            y = np.arange(len(order)) + 0.8 * (0.5 - (k + 0.5) / len(names))
             style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
-            axis.hlines(y, scores.min(0), scores.max(0), lw=1.6, alpha=0.45, **style)
+            axis.hlines(y, np.nanmin(scores, axis=0), np.nanmax(scores, axis=0), lw=1.6, alpha=0.45, **style)
             marker = "D" if comparison.kinds[name] == "model" else "o"
-            axis.scatter(scores.mean(0), y, s=24, marker=marker, label=name, lw=0, **style)
+            axis.scatter(np.nanmean(scores, axis=0), y, s=24, marker=marker, label=name, lw=0, **style)
         labels = [f"{comparison.labels[i]}  ({comparison.support[i]:,})" for i in order]
         axis.set_yticks(range(len(order)), labels)
         axis.set_yticks(np.arange(0.5, len(order) - 1), minor=True)

@@ -9,29 +9,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scfm.baselines import OBLIGATORY, KNNOnPCA
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
-from scfm.evaluation.harness import Comparison
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.page import Figure, render
 from scfm.evaluation.provenance import provenance
 from scfm.evaluation.splits import save_splits
-from scfm.evaluation.verdict import HEADLINE, caveats, differences
+from scfm.evaluation.verdict import caveats, differences, leaked, uninformative
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# what fits beside the names on 80 columns; metrics.json and report.html hold every score
-TERMINAL = (*HEADLINE, "auroc")
+    from scfm.evaluation.harness import Comparison
+    from scfm.evaluation.protocol import Kind
+
+STYLES: dict[Kind, str | None] = {
+    "model": "bold",
+    "baseline": None,
+    "negative control": "dim",
+    "positive control": "dim",
+}
 
 
 def require_baselines(comparison: Comparison) -> None:
-    """Raise ScfmError unless every obligatory baseline of the task ran on every split."""
-    for baseline in OBLIGATORY[comparison.task]:
-        seen = {run.split for run in comparison.runs_of(baseline.name) if run.kind == "baseline"}
-        if seen != set(range(len(comparison.splits))):
+    """Raise ScfmError unless every obligatory baseline of the task was run on every split, and one came to an end.
+
+    A baseline that failed stands in the report with its reason.
+    """
+    for baseline in comparison.protocol.baselines():
+        ran = {run.split for run in comparison.runs if (run.method, run.kind) == (baseline.name, "baseline")}
+        if ran != set(range(len(comparison.splits))):
             raise ScfmError(f"no report: the baseline {baseline.name!r} did not run on every split; use compare()")
+    if not comparison.ranked("baseline"):
+        reasons = "; ".join(f"{name} {comparison.failure(name)}" for name in comparison.names("baseline"))
+        raise ScfmError(f"no report: every baseline failed ({reasons})")
 
 
 def print_report(comparison: Comparison, console: Console | None = None) -> None:
@@ -43,17 +54,27 @@ def print_report(comparison: Comparison, console: Console | None = None) -> None
 
     require_baselines(comparison)
     console = console or Console()
+    protocol, silent = comparison.protocol, uninformative(comparison)
     n = len(comparison.splits)
-    title = f"{comparison.task}: {escape(comparison.label)}, {n} seed{'s' if n > 1 else ''}"
+    title = f"{comparison.task}: {escape(comparison.label)}, {n} seed{'s' if n > 1 else ', so no spread'}"
+    if protocol.transductive:
+        title += ", transductive"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("method")
-    for metric in TERMINAL:
-        table.add_column(METRICS[metric].title, justify="right", no_wrap=True)
+    for metric in protocol.terminal:
+        said_nothing = " °" if metric in silent else ""
+        table.add_column(f"{METRICS[metric].title}{said_nothing}", justify="right", no_wrap=True)
     table.add_column("seconds", justify="right")
-    for name, kind in comparison.kinds.items():
-        scores = [str(comparison.summary(name, metric)) for metric in TERMINAL]
-        style = "bold" if kind == "model" else None
-        table.add_row(escape(name), *scores, f"{comparison.mean_seconds(name):,.1f}", style=style)
+    for kind, style in STYLES.items():
+        names = comparison.names(kind)
+        for name in names:
+            marked = f"{escape(name)}{' †' if leaked(comparison, name) else ''}"
+            end = name == names[-1]
+            if comparison.failure(name):
+                table.add_row(marked, *["failed", *["–"] * len(protocol.terminal)], style=style, end_section=end)
+                continue
+            scores = [str(comparison.summary(name, metric)) for metric in protocol.terminal]
+            table.add_row(marked, *scores, f"{comparison.mean_seconds(name):,.1f}", style=style, end_section=end)
     console.print(table)
     for difference in differences(comparison):
         console.print(str(difference), markup=False, highlight=False)
@@ -63,11 +84,24 @@ def print_report(comparison: Comparison, console: Console | None = None) -> None
 
 def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> str:
     """Return all scores and where they come from, as JSON; a score that is not defined is null."""
+    silent, protocol = uninformative(comparison), comparison.protocol
+    of_all = {name: origin[name] for name in ("commit", "versions")}
+    rows = [
+        row
+        | {"value": None if row["value"] is None or math.isnan(row["value"]) else row["value"]}
+        | {"uninformative": row["metric"] in silent}
+        | of_all
+        for row in comparison.rows()
+    ]
     found = {
         "title": title,
         "task": comparison.task,
+        "question": comparison.protocol.question,
+        "transductive": comparison.protocol.transductive,
         "label": comparison.label,
         "labels": comparison.labels,
+        "batch": comparison.cells.batch,
+        "donor": comparison.cells.donor,
         "data_sha256": comparison.data_sha256,
         "splits": [
             {
@@ -79,8 +113,14 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
             }
             for split, digest in zip(comparison.splits, comparison.split_hashes, strict=True)
         ],
-        "protocols": {name: metric.protocol for name, metric in METRICS.items()},
-        "rows": [row | {"value": None if math.isnan(row["value"]) else row["value"]} for row in comparison.rows()],
+        "methods": {
+            name: {"kind": kind, "description": comparison.descriptions[name], "failure": comparison.failure(name)}
+            for name, kind in comparison.kinds.items()
+        },
+        "protocols": {name: METRICS[name].protocol for name in (*protocol.metrics, *protocol.further)},
+        "uninformative": silent,
+        "rows": rows,
+        "learning_curve": comparison.curve,
         "differences": [
             {
                 "model": one.model,
@@ -89,17 +129,34 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
                 "difference": one.interval.difference,
                 "low": one.interval.low,
                 "high": one.interval.high,
+                "cells": one.interval.units,
+                "low_over_donors": one.donors.low if one.donors else None,
+                "high_over_donors": one.donors.high if one.donors else None,
+                "donors": one.donors.units if one.donors else None,
                 "outcome": one.outcome,
                 "verdict": str(one),
             }
             for one in differences(comparison)
         ],
         "leakage": [
-            {"method": run.method, "seed": run.seed, "cells": run.leakage.cells, "seen": run.leakage.seen}
-            if run.leakage
-            else {"method": run.method, "seed": run.seed, "cells": None, "seen": None}
+            {"method": run.method, "seed": run.seed}
+            | (
+                {
+                    "cells": run.leakage.cells,
+                    "seen": run.leakage.seen,
+                    "datasets": list(run.leakage.datasets),
+                    "donors": list(run.leakage.donors),
+                }
+                if run.leakage
+                else {"cells": None, "seen": None, "datasets": None, "donors": None}
+            )
             for run in comparison.runs
             if run.kind == "model"
+        ],
+        "failures": [
+            {"method": run.method, "seed": run.seed, "reason": run.failure, "traceback": run.trace}
+            for run in comparison.runs
+            if run.failure
         ],
         "caveats": caveats(comparison),
         **origin,
@@ -108,50 +165,15 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
 
 
 def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -> list[Figure]:
-    """Draw the figures of a report: scores, UMAPs, F1 per type, confusion, calibration, loss curves."""
-    model, baseline = comparison.best("model", "macro_f1"), comparison.best("baseline", "macro_f1")
-    pair = [name for name in (model, baseline) if name is not None]
-    n_seeds = len(comparison.splits)
-    over = f"all {n_seeds} splits" if n_seeds > 1 else "the split"
+    """Draw the figures of a report: scores by seed, those of the task, loss curves."""
     drawn = [
         Figure(
-            plots.score_dots(comparison, HEADLINE),
+            plots.score_dots(comparison, comparison.protocol.terminal),
             "Scores by seed",
-            "A dot per seed, a bar at the mean; models in bold.",
-        )
-    ]
-    embedded = [name for name in comparison.names("model") if name in comparison.embeddings][:2]
-    if embedded:
-        split = comparison.splits[0]
-        rows = [*split.train, *split.test]
-        panels = {f"{name}, cell embedding": comparison.embeddings[name] for name in embedded}
-        panels["PCA of log expression"] = comparison.embeddings[KNNOnPCA.name]
-        drawn.append(
-            Figure(
-                plots.umap_pair(panels, comparison.truth[rows], len(split.train)),
-                "Cell embeddings",
-                f"UMAP of the first split: training cells pale, {len(split.test):,} held-out cells on top. Below each "
-                "panel, measured in the embedding and not in the picture: the mean share of a held-out cell's 10 "
-                "nearest training cells that have its type. PCA never saw a label; a fine-tuned embedding did.",
-            )
-        )
-    drawn += [
-        Figure(
-            plots.per_class_f1(comparison),
-            "F1 by type",
-            "Commonest type first, number of cells in brackets; mean over seeds, lines span the seeds.",
+            "A dot per seed, a bar at the mean; models in bold. Negative controls know nothing, positive ones know the "
+            "answer: what lies between them is what a score can tell.",
         ),
-        Figure(
-            plots.confusion(comparison, pair),
-            "Confusion",
-            f"Held-out cells of {over}; shade is the share of the true type, numbers are cells.",
-        ),
-        Figure(
-            plots.calibration(comparison, pair),
-            "Calibration",
-            f"Held-out cells of {over}, binned by the probability of the predicted label; dots grow with the cells in "
-            "the bin; on the dashed line a method is as often right as it says.",
-        ),
+        *comparison.protocol.figures(comparison),
     ]
     if training:
         drawn.append(

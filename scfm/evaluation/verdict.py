@@ -1,20 +1,34 @@
-"""What the scores say, in words: who wins, by how much, and how sure that is."""
+"""What the scores say, in words: who wins, by how much, how sure that is, and which scores say nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from scfm.errors import ScfmError
 from scfm.evaluation.bootstrap import Interval, paired_bootstrap
-from scfm.evaluation.harness import Comparison
-from scfm.evaluation.metrics import FROM_CONFUSION, METRICS, confusion_codes
+from scfm.evaluation.metrics import METRICS
 
-HEADLINE = ("macro_f1", "accuracy")
+if TYPE_CHECKING:
+    from scfm.evaluation.harness import Comparison
+    from scfm.evaluation.protocol import Resampled
+
+
+FEW_DONORS = 10
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A model against the best baseline on one metric: positive where the model is ahead."""
+    """A model against the best baseline on one metric: positive where the model is ahead.
+
+    Attributes:
+        interval: over cells.
+        donors: over donors, and cells within them; None where there are not two donors.
+        silent: whether the metric says nothing on these data, so that nobody wins.
+    """
 
     model: str
     baseline: str
@@ -22,30 +36,50 @@ class Difference:
     interval: Interval
     seeds_ahead: int
     seeds: int
+    donors: Interval | None = None
+    silent: bool = False
 
     @property
     def outcome(self) -> str:
-        """`model`, `baseline`, or `undecided` where the interval includes zero."""
-        if self.interval.low > 0:
+        """`model`, `baseline`, `undecided` where an interval includes zero, `uninformative` where the metric is."""
+        if self.silent:
+            return "uninformative"
+        intervals = [one for one in (self.interval, self.donors) if one is not None]
+        if all(one.low > 0 for one in intervals):
             return "model"
-        return "baseline" if self.interval.high < 0 else "undecided"
+        return "baseline" if all(one.high < 0 for one in intervals) else "undecided"
 
     def __str__(self) -> str:
-        low, high = self.interval.low, self.interval.high
-        if self.interval.difference < 0:
-            ahead, behind, low, high = self.baseline, self.model, -high, -low
-        else:
-            ahead, behind = self.model, self.baseline
+        behind_first = self.interval.difference < 0
+        ahead, behind = (self.baseline, self.model) if behind_first else (self.model, self.baseline)
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
+        if self.silent:
+            return (
+                f"{title} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
+            )
         if self.outcome != "undecided":
-            return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} (95% interval {low:.3f} to {high:.3f})."
-        span = f"95% interval {signed(low)} to {signed(high)}"
+            spans = self._spans(behind_first, lambda value: f"{value:.3f}")
+            return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} ({spans})."
+        spans = self._spans(behind_first, signed)
         if by < 5e-4:
-            return f"{capitalised(ahead)} and {behind} score the same on {title} ({span})."
+            return f"{capitalised(ahead)} and {behind} score the same on {title} ({spans})."
+        what = "cells" if self.donors is None else "cells and donors"
+        includes = "the interval includes zero" if self.donors is None else "an interval includes zero"
         return (
-            f"{capitalised(ahead)} is {by:.3f} ahead of {behind} on {title}, but the interval includes zero ({span}): "
-            "these cells do not tell the two apart."
+            f"{capitalised(ahead)} is {by:.3f} ahead of {behind} on {title}, but {includes} ({spans}): "
+            f"these {what} do not tell the two apart."
         )
+
+    def _spans(self, turned: bool, written: Callable[[float], str]) -> str:
+        spans = [f"95% interval {_span(self.interval, turned, written)}"]
+        if self.donors is not None:
+            spans.append(f"over {self.donors.units} donors {_span(self.donors, turned, written)}")
+        return ", ".join(spans)
+
+
+def _span(interval: Interval, turned: bool, written: Callable[[float], str]) -> str:
+    low, high = (-interval.high, -interval.low) if turned else (interval.low, interval.high)
+    return f"{written(low)} to {written(high)}"
 
 
 def signed(value: float) -> str:
@@ -61,71 +95,123 @@ def capitalised(name: str) -> str:
     return name if name != name.lower() else name[:1].upper() + name[1:]
 
 
-def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Difference:
-    """Compare a model with the baseline of the best mean score, by a paired bootstrap over held-out cells within types.
+def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Difference | None:
+    """Compare a model with the baseline of the best mean score, by paired bootstraps over held-out cells and donors.
 
-    Raises ScfmError where the comparison holds no baseline.
+    Over cells, they are exchanged within types. None where the metric of this task cannot be resampled.
+    Raises ScfmError where the comparison holds no baseline that came to an end.
     """
-    baseline = comparison.best("baseline", metric)
+    baseline = comparison.best(metric, "baseline")
     if baseline is None:
         raise ScfmError("no baseline to compare with")
-    labels = comparison.labels
     mine, theirs = comparison.runs_of(model), comparison.runs_of(baseline)
+    scores: list[list[Resampled]] = []
+    for runs in (mine, theirs):
+        made = [comparison.protocol.resampled(comparison, run, metric) for run in runs]
+        scores.append([one for one in made if one is not None])
+    if len(scores[0]) < len(mine) or len(scores[1]) < len(theirs):
+        return None
     held_out = [split.test for split in comparison.splits]
-    codes = [
-        [
-            confusion_codes(comparison.truth[test], run.predicted, labels)
-            for run, test in zip(runs, held_out, strict=True)
-        ]
-        for runs in (mine, theirs)
-    ]
-    interval = paired_bootstrap(
-        codes[0],
-        codes[1],
-        held_out,
-        len(labels),
-        FROM_CONFUSION[metric],
-        strata=[comparison.truth[test] for test in held_out],
-    )
-    ahead = sum(a.scores.values[metric] > b.scores.values[metric] for a, b in zip(mine, theirs, strict=True))
-    return Difference(model, baseline, metric, interval, ahead, len(mine))
+    strata = [comparison.truth[test] for test in held_out]
+    interval = paired_bootstrap(scores[0], scores[1], held_out, strata=strata)
+    by_donor = None
+    if (donors := comparison.cells.donors) is not None:
+        of_split = [donors[test] for test in held_out]
+        if len(np.unique(np.concatenate(of_split))) > 1:
+            by_donor = paired_bootstrap(scores[0], scores[1], held_out, donors=of_split)
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    ahead = sum(sign * a.values[metric] > sign * b.values[metric] for a, b in zip(mine, theirs, strict=True))
+    return Difference(model, baseline, metric, interval, ahead, len(mine), by_donor)
 
 
 def differences(comparison: Comparison) -> list[Difference]:
-    """Return every model against the best baseline, on every headline metric."""
-    return [
-        against_best_baseline(comparison, model, metric) for model in comparison.names("model") for metric in HEADLINE
+    """Return every model that failed on no split against the best baseline, on every headline metric."""
+    silent = uninformative(comparison)
+    found = [
+        against_best_baseline(comparison, model, metric)
+        for model in comparison.ranked("model")
+        for metric in comparison.protocol.headline
     ]
+    return [replace(one, silent=one.metric in silent) for one in found if one is not None]
+
+
+def uninformative(comparison: Comparison) -> dict[str, str]:
+    """Return metric -> why it says nothing here: a control that must lose does as well as the best method, or better.
+
+    All models and baselines are asked: where only the models fall behind a control, it is they that are bad.
+    """
+    found = {}
+    for metric in (*comparison.protocol.metrics, *comparison.protocol.further):
+        best = comparison.best(metric, "model", "baseline")
+        control = comparison.best(metric, "negative control")
+        if best is None or control is None:
+            continue
+        sign = 1 if METRICS[metric].higher_is_better else -1
+        ours, theirs = comparison.summary(best, metric).mean, comparison.summary(control, metric).mean
+        if sign * theirs >= sign * ours:
+            found[metric] = (
+                f"{METRICS[metric].title} says nothing here: {control}, a negative control, scores {theirs:.3f}, the "
+                f"best method ({best}) {ours:.3f}."
+            )
+    return found
+
+
+def beaten_by_controls(comparison: Comparison) -> list[str]:
+    """Say which models are no better than a negative control on a headline metric that does say something."""
+    silent, said = uninformative(comparison), []
+    for model in comparison.ranked("model"):
+        for metric in comparison.protocol.headline:
+            control = comparison.best(metric, "negative control")
+            if metric in silent or control is None:
+                continue
+            sign = 1 if METRICS[metric].higher_is_better else -1
+            ours, theirs = comparison.summary(model, metric).mean, comparison.summary(control, metric).mean
+            if sign * theirs >= sign * ours:
+                said.append(
+                    f"{capitalised(model)} is no better than {control} on {METRICS[metric].title} "
+                    f"({ours:.3f} against {theirs:.3f})."
+                )
+    return said
+
+
+def leaked(comparison: Comparison, method: str) -> bool:
+    """Say whether a method was trained on something that it is judged on, in any split."""
+    return any(run.leakage is not None and run.leakage.any for run in comparison.runs if run.method == method)
 
 
 def leakage_in_words(comparison: Comparison, model: str) -> str:
     """Say how many held-out cells a model was trained on, in its worst split."""
     runs = comparison.runs_of(model)
     counted = [run.leakage for run in runs if run.leakage is not None]
-    if len(counted) < len(runs):
+    if len(counted) < len(runs) or not counted:
         return f"{capitalised(model)} does not say which cells it was trained on: leakage is not ruled out."
-    worst = max(counted, key=lambda one: one.seen / one.cells)
-    if worst.seen:
-        return f"{capitalised(model)} was trained on held-out cells: {worst}. Its scores are not held-out scores."
+    worst = max(counted, key=lambda one: (one.seen / one.cells, len(one.datasets), len(one.donors)))
+    if worst.any:
+        return f"† {capitalised(model)} was trained on held-out cells: {worst}. Its scores are not held-out scores."
     return f"No held-out cell was among those that {model} was trained on, pretraining included."
 
 
 def caveats(comparison: Comparison) -> list[str]:
-    """Return what a reader must know before believing the scores: seeds, leakage, duplicates, types left out."""
-    said = []
+    """Return what a reader must know before believing the scores: failures, seeds, leakage, what says nothing."""
+    said = [f"{capitalised(name)} {why}." for name in comparison.kinds if (why := comparison.failure(name))]
+    if failed := [name for name in comparison.names("baseline") if comparison.failure(name)]:
+        said.append(f"The best baseline may be better than shown: {', '.join(failed)} did not come to an end.")
     if len(comparison.splits) == 1:
         said.append("One seed only: the scores have no spread, and a difference may be luck of the seed.")
-    said += [leakage_in_words(comparison, model) for model in comparison.names("model")]
+    if comparison.protocol.transductive:
+        said.append(
+            "Transductive: every method saw all these cells, never their labels, while it was fitted. There is no "
+            "held-out set, so compare only with other transductive scores on the same cells."
+        )
+    said += [leakage_in_words(comparison, model) for model in comparison.ranked("model")]
     if comparison.duplicates is not None and any(one.seen for one in comparison.duplicates):
         worst = max(comparison.duplicates, key=lambda one: one.seen)
         said.append(f"Training and held-out cells share identical profiles: {worst}.")
-    if comparison.excluded:
-        said.append(f"Not scored, because never held out: {', '.join(comparison.excluded)}.")
-    rare = [name for name, n in zip(comparison.labels, comparison.support, strict=True) if n < 20]
-    if rare:
-        said.append(f"Fewer than 20 cells in all, so their F1 moves in large steps: {', '.join(rare)}.")
-    for name in comparison.kinds:
-        outside = sum(int(run.scores.confusion[:, -1].sum()) for run in comparison.runs_of(name))
-        if outside:
-            said.append(f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors.")
-    return said
+    said += [*uninformative(comparison).values(), *beaten_by_controls(comparison)]
+    if comparison.cells.donors is not None:
+        n = len(np.unique(comparison.cells.donors[np.concatenate([split.test for split in comparison.splits])]))
+        if n == 1:
+            said.append("All held-out cells are of one donor: nothing is known of how scores vary between donors.")
+        elif n < FEW_DONORS:
+            said.append(f"Only {n} donors: an interval over so few is a rough one, and rather too narrow.")
+    return said + comparison.protocol.caveats(comparison)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scfm.data.batch import PackedBatch
 from scfm.errors import ScfmError
 from scfm.model.layers import Linear
+from scfm.model.neighbours import NeighbourDecoder
 
 Query = Literal["product", "detached product", "concat", "sum"]
 QUERY_WIDTH = 64  # of the hidden layer of the concat and sum queries, as in scGPT
@@ -24,8 +25,9 @@ class HeadSpec:
     Attributes:
         task: its name, under which its weights and its predictions stand.
         kind: `gep` (values of genes), `gepc` (values of genes from the cell embedding), `bins` (scBERT: bins of genes),
-            `cls` (classes of cells), `genes` (scBERT: classes of cells, from a number per gene) or `domain` (classes
-            that the cell embedding should not tell: the gradient is reversed below the head).
+            `cls` (classes of cells), `genes` (scBERT: classes of cells, from a number per gene), `neighbours` (classes
+            of cells, by the vote of reference cells) or `domain` (classes that the cell embedding should not tell: the
+            gradient is reversed below the head).
         n_out: numbers per prediction: 1 for a value, else the bins (of kind bins: and one for the mask) or classes.
         labels: names of the classes, in order of their index.
         nonzero: gep and gepc: also predict whether the gene is expressed (scGPT's explicit zero probability); its
@@ -37,10 +39,14 @@ class HeadSpec:
         activation: affine: name of a torch activation of a and b.
         adaptive_bias: affine: b is multiplied by the mean of the cell's non-zero inputs.
         layers: cls and domain: linear layers, the last included.
+        references: neighbours: cells that vote.
+        neighbours: neighbours: how many of them vote on a cell, the nearest.
+        novelty: by what a cell of a novel type is told, the largest `probability` or the `energy` of its logits.
+        threshold: of the novelty score of `scfm.tasks.novel_types`; cells above it are of a novel type.
     """
 
     task: str
-    kind: Literal["gep", "gepc", "bins", "cls", "genes", "domain"]
+    kind: Literal["gep", "gepc", "bins", "cls", "genes", "neighbours", "domain"]
     n_out: int = 1
     labels: list[str] | None = None
     nonzero: bool = False
@@ -50,6 +56,15 @@ class HeadSpec:
     activation: str | None = None
     adaptive_bias: bool = False
     layers: int = 3
+    references: int = 0
+    neighbours: int = 0
+    novelty: Literal["probability", "energy"] | None = None
+    threshold: float | None = None
+
+    @property
+    def tells_classes(self) -> bool:
+        """Whether it predicts the class of a cell."""
+        return self.kind in ("cls", "genes", "neighbours") and self.n_out > 1
 
 
 class Values(NamedTuple):
@@ -255,4 +270,6 @@ def build_head(spec: HeadSpec, width: int, in_width: int, n_bins: int, n_positio
         return BinDecoder(width, spec.n_out)
     if spec.kind == "genes":
         return GeneClassDecoder(width, spec.n_out, n_positions)
+    if spec.kind == "neighbours":
+        return NeighbourDecoder(width, spec.n_out, spec.references, spec.neighbours)
     return (ClassDecoder if spec.kind == "cls" else DomainDecoder)(width, spec.n_out, spec.layers)

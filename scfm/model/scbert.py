@@ -38,7 +38,7 @@ READ = (
     "performer",
     "gene_table",
 )
-HEADS = ("bins", "genes", "cls", "domain")
+HEADS = ("bins", "genes", "cls", "neighbours", "domain")
 
 
 class FrozenEmbedding(nn.Module):

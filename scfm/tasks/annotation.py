@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights, save_model
 from scfm.data.hashing import store_hashes
@@ -19,16 +21,25 @@ from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.evaluation.splits import stratified_split
 from scfm.objectives import build_objectives
-from scfm.recipe import Recipe, TaskConfig, check
+from scfm.recipe import ModelConfig, Recipe, TaskConfig, check
 from scfm.recipe_reader import bundled, like, read_recipe
+from scfm.tasks.frozen import fit_frozen, frozen_head
+from scfm.tasks.novel_types import set_threshold
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from scfm.pretrained import PretrainedModel
 
-# the recipe that a model is fine-tuned by where none is given; every other model by annotation.yaml
-RECIPES = {"scbert": "finetune/scbert-annotation.yaml"}
+SMALL = 128  # models no wider than that want ten times the rate of large ones
+# what a model's own card calls the run that made it
+STAGES = {
+    "full": "fine-tuning",
+    "scratch": "from-scratch training",
+    "lora": "fine-tuning (LoRA)",
+    "probe": "linear-probe",
+    "zero_shot": "zero-shot",
+}
 
 
 def finetune(recipe: Recipe, resume: str | None = None) -> Path:
@@ -59,8 +70,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
     Args:
         model: where to start, loaded from a model directory.
         adata: labelled cells.
-        keys: recipe keys over those of `recipes/finetune/annotation.yaml` (`scbert-annotation.yaml` for scBERT);
-            without `out` the run is temporary.
+        keys: recipe keys over those of `default_recipe`; without `out` the run is temporary.
     """
     from scfm.pretrained import load
 
@@ -70,8 +80,7 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
             start = Path(folder) / "start"
             save_model(start, model.network, model.files)
         given = {"out": str(Path(folder) / "run"), **keys, "from": str(start)}
-        default = RECIPES.get(model.files.model.name, "finetune/annotation.yaml")
-        recipe = read_recipe(bundled(default), given, like(model.files))
+        recipe = read_recipe(bundled(default_recipe(model.files.model)), given, like(model.files))
         check(recipe)
         label = (recipe.task or TaskConfig()).label
         store = store_from_anndata(
@@ -87,16 +96,28 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
     return tuned
 
 
+def default_recipe(model: ModelConfig) -> str:
+    """Return the bundled recipe that a model is fine-tuned by where none is given."""
+    if model.name == "scbert":
+        return "finetune/scbert-annotation.yaml"
+    return f"finetune/annotation{'-quickstart' if model.width <= SMALL else ''}.yaml"
+
+
 def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:
-    """Fine-tune on the cells of a store, wherever it came from."""
+    """Fit a classifier on the cells of a store, wherever it came from, in the setting that the recipe names."""
     from scfm.training.run import Job, fit, held_out_note, indices_of, token_config
-    from scfm.training.rundir import open_run
+    from scfm.training.rundir import is_main_process, open_run
 
     task = recipe.task or TaskConfig()
     if store.value_kind != files.value_kind:
         raise ScfmError(f"the model was trained on {files.value_kind}, these cells hold {store.value_kind}")
     labels, names = labels_of(store, task)
-    rows = np.flatnonzero(labels >= 0)
+    held_out = origin.get("manifest", {}).get("held_out")
+    train, valid = split_rows(
+        np.flatnonzero(labels >= 0), labels, recipe, store.n_cells - held_out["cells"] if held_out else None
+    )
+    notes = [held_out_note(held_out, len(valid))] if held_out else []
+    rows = np.concatenate([train, valid])
     counts = np.bincount(labels[rows], minlength=len(names))
     weights = len(rows) / (len(names) * counts) if task.class_weights == "balanced" else None
     unread: list[str] = []  # what only value decoders read would never get a gradient without one
@@ -105,6 +126,7 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
         files = replace(files, gene_conditions=without(files.gene_conditions, recipe.model.modality))
         recipe = replace(recipe, model=replace(recipe.model, cell_conditions=[], modality=None))
     cell_conditions, condition_names = indices_of(store, recipe.cell_conditions)
+    frozen = task.setting in ("probe", "zero_shot")
     objectives = build_objectives(
         recipe.objectives,
         n_bins=recipe.data.n_bins,
@@ -112,29 +134,67 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
         class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
         categories=condition_names,
     )
-    heads = {head.task: head for objective in objectives for head in objective.heads()}
+    heads = [frozen_head(task, names, len(train))] if frozen else [h for each in objectives for h in each.heads()]
     run = open_run(recipe, resume)
+    scratch = task.setting == "scratch"
     new = replace(
         files,
         model=recipe.model,
         tokens=token_config(recipe),
-        heads=list(heads.values()),
+        heads=list({head.task: head for head in heads}.values()),
         cell_conditions=condition_names,
-        training_data={"stage": "fine-tuning", **origin, "pretraining": files.training_data},
-        cell_hashes=all_hashes(store, rows, files),
+        training_data={"stage": STAGES[task.setting], **origin, **({} if scratch else before(files))},
+        cell_hashes=all_hashes(store, rows, None if scratch else files.cell_hashes),
     )
     torch.manual_seed(recipe.seed)
     network = new.build()
+    start(network, new, files, recipe, unread)
+    known = {**cell_conditions, "label": labels}
+    paced, why = paced_recipe(recipe, task, len(train))
+    job = Job(paced, store, network, new, objectives, train, valid, known, [*notes, *why])
+    if not frozen:
+        fit(job, run)
+    elif is_main_process():
+        fit_frozen(job, run, task)
+    if task.novel_types != "none" and is_main_process():
+        set_threshold(run.model, store, valid, cell_conditions, task.novel_types, task.known_kept)
+    return run.model
+
+
+def start(network: nn.Module, new: ModelFiles, files: ModelFiles, recipe: Recipe, unread: list[str]) -> None:
+    """Give a network the weights that it starts from: those of the pretrained model but for unread ones.
+
+    From scratch it keeps its random ones; a gene table, which no training made, it gets all the same.
+    """
     pretrained = read_weights(str(recipe.from_model))
     pretrained = {name: w for name, w in pretrained.items() if not name.startswith(tuple(unread))}
     shared_heads = {head.task for head in new.heads if head in files.heads}
-    for prefix in ("backbone.", *(f"heads.{task}." for task in shared_heads)):
+    prefixes = ["backbone.", *(f"heads.{task}." for task in shared_heads)]
+    if recipe.task and recipe.task.setting == "scratch":
+        prefixes = ["backbone.gene_embedding."] if recipe.model.gene_table else []
+    for prefix in prefixes:
         load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
-    held_out = origin.get("manifest", {}).get("held_out")
-    train, valid = split_rows(rows, labels, recipe, store.n_cells - held_out["cells"] if held_out else None)
-    notes = [held_out_note(held_out, len(valid))] if held_out else []
-    job = Job(recipe, store, network, new, objectives, train, valid, {**cell_conditions, "label": labels}, notes)
-    return fit(job, run)
+
+
+def before(files: ModelFiles) -> dict[str, Any]:
+    return {"pretraining": files.training_data}
+
+
+def paced_recipe(recipe: Recipe, task: TaskConfig, n_cells: int) -> tuple[Recipe, list[str]]:
+    """Return the recipe with rate, batch and epochs that fit setting and cells, and what the log says of it."""
+    notes = []
+    if task.setting == "lora":
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr * task.lora.lr_factor))
+    if n_cells < recipe.data.cells_per_batch:
+        notes.append(f"{n_cells} cells in a step: there are no {recipe.data.cells_per_batch} to learn from")
+        recipe = replace(recipe, data=replace(recipe.data, cells_per_batch=n_cells))
+    trainer, epoch = recipe.trainer, max(1, n_cells // recipe.data.cells_per_batch)
+    if trainer.max_epochs is not None and epoch * trainer.max_epochs < task.min_steps:
+        longer = math.ceil(task.min_steps / (epoch * trainer.max_epochs))
+        epochs, every = trainer.max_epochs * longer, (trainer.check_val_every_n_epoch or 1) * longer
+        recipe = replace(recipe, trainer=replace(trainer, max_epochs=epochs, check_val_every_n_epoch=every))
+        notes.append(f"{epochs} epochs, a validation every {every}, to reach task.min_steps {task.min_steps}")
+    return recipe, notes
 
 
 def without(conditions: dict[str, list[str]], name: str | None) -> dict[str, list[str]]:
@@ -176,8 +236,12 @@ def split_rows(
     Where groups were held out when the shards were built, validation has their cells, from row `first_held_out` on.
     Raises ScfmError where a label then has no cell to train on.
     """
+    most = (recipe.task or TaskConfig()).cells_per_type
     if first_held_out is not None:
-        train, valid = rows[rows < first_held_out], rows[rows >= first_held_out]
+        train, valid = (
+            few_per_type(side, labels, most, recipe.seed)
+            for side in (rows[rows < first_held_out], rows[rows >= first_held_out])
+        )
         unseen = set(labels[valid].tolist()) - set(labels[train].tolist())
         if unseen:
             raise ScfmError(
@@ -185,14 +249,31 @@ def split_rows(
                 "hold out other groups, or list these labels in task.unlabelled"
             )
         return train, valid
-    if recipe.data.valid_fraction == 0:
+    rows = few_per_type(rows, labels, most, recipe.seed)
+    single = np.bincount(labels[rows]).max() == 1  # a single cell of a type cannot be on both sides
+    if recipe.data.valid_fraction == 0 or single:
         return rows, rows[:0]
     split = stratified_split(labels[rows], recipe.data.valid_fraction, recipe.seed)
     return rows[split.train], rows[split.test]
 
 
-def all_hashes(store: CellStore, rows: NDArray[np.int64], files: ModelFiles) -> NDArray[np.uint64]:
+def few_per_type(rows: NDArray[np.int64], labels: NDArray, most: int | None, seed: int) -> NDArray[np.int64]:
+    """Return at most so many rows of each label, drawn by the seed: what fewer are drawn is among what more are.
+
+    Args:
+        rows: to draw from.
+        labels: of all rows.
+        most: rows of a label; None keeps all.
+        seed: of the draw.
+    """
+    if most is None:
+        return rows
+    drawn = np.random.default_rng(seed).permutation(rows)
+    kept = [drawn[labels[drawn] == label][:most] for label in np.unique(labels[rows])]
+    return np.sort(np.concatenate(kept))
+
+
+def all_hashes(store: CellStore, rows: NDArray[np.int64], before: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
     """Return the sorted hashes of the cells used here and of those that the model had seen before."""
     hashes = store_hashes(store)[rows]
-    before = hashes[:0] if files.cell_hashes is None else files.cell_hashes
-    return np.sort(np.concatenate([hashes, before]))
+    return np.sort(np.concatenate([hashes, hashes[:0] if before is None else before]))

@@ -19,7 +19,7 @@ from scfm.baselines.mean_value import baselines_of, mean_value_losses
 from scfm.ceiling import product_type
 from scfm.checkpoints.card import model_card
 from scfm.checkpoints.native import ModelFiles, save_model
-from scfm.data.hashing import load_hashes
+from scfm.data.hashing import hashes_without, load_hashes, row_hashes
 from scfm.data.rows import SomeRows, rows_at, without
 from scfm.data.store import CellStore, Codes, ManyCodes
 from scfm.data.tokens import TokenConfig
@@ -27,6 +27,7 @@ from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
+from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import ModelConfig, Recipe, check
 from scfm.training.callbacks import (
@@ -96,7 +97,9 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     if held_out:
         job.notes.append(held_out_note(held_out, len(job.valid_rows)))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
-    job.files.cell_hashes = load_hashes(shards.index / "cells.hash")
+    # cells.hash of the shards has all cells; those that only chose the checkpoint were never trained on
+    validated = row_hashes(store, np.asarray(job.valid_rows, np.int64))
+    job.files.cell_hashes = hashes_without(load_hashes(shards.index / "cells.hash"), validated)
     return fit(job, open_run(recipe, resume))
 
 
@@ -206,7 +209,7 @@ def measured_baselines(job: Job, data: CellDataModule) -> dict[str, float]:
 def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
     """Return what a trainer takes: the network set up to train, and its cells."""
     recipe = job.recipe
-    set_trainable(job.network, recipe.trainable)
+    choose_trainable(job.network, recipe)
     set_up_blocks(job.network, recipe.trainer)
     data = CellDataModule(
         job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
@@ -219,9 +222,16 @@ def export(job: Job, run: RunDirectory, best: str) -> None:
     if best:
         weights = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
         job.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
+    merge_lora(job.network)
+    metrics = read_metrics(run.metrics)
+    loss_curves(metrics, run.plots / "losses.png", baselines_of(metrics))
+    write_model_directory(job, run)
+
+
+def write_model_directory(job: Job, run: RunDirectory) -> None:
+    """Write the native model directory of a job, and its card, from the weights that its network has."""
     metrics = read_metrics(run.metrics)
     baselines = baselines_of(metrics)
-    loss_curves(metrics, run.plots / "losses.png", baselines)
     job.files.card = model_card(
         job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters())
     )
@@ -233,10 +243,12 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     """Say what is about to run: sizes, cells, device, attention backend and why that one."""
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
+    trained = sum(p.numel() for p in job.network.parameters() if p.requires_grad)
+    some = f", {trained:,} of them trained" if trained < parameters else ""
     model = job.recipe.model
     mixing, reason = mixing_of(model, device, trainer.precision)
     return (
-        f"{model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
+        f"{model.name}: {parameters:,} parameters{some}; {len(job.train_rows):,} training and "
         f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "
         f"{trainer.world_size} x {device.type}, precision {trainer.precision}; attention {mixing} ({reason})"
     )
@@ -318,6 +330,16 @@ def indices_of(store: CellStore, columns: Sequence[str]) -> tuple[dict[str, Code
             raise ScfmError(f"obs column {column!r}: {missing:,} cells have no value in it")
         indices[column], names[column] = codes, list(store.obs[column].categories)
     return indices, names
+
+
+def choose_trainable(network: nn.Module, recipe: Recipe) -> None:
+    """Train what a recipe says: the parameters that `trainable` names, or low-rank updates of LoRA and the heads."""
+    task = recipe.task
+    if task is None or task.setting != "lora":
+        set_trainable(network, recipe.trainable)
+        return
+    add_lora(network, task.lora.rank, task.lora.alpha, task.lora.layers)
+    set_trainable(network, [*UPDATES, "heads.*"])
 
 
 def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:

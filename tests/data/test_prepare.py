@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from cells import made_up_cells
 from scipy.sparse import csr_matrix
 
 from scfm.data import sources as sources_module
@@ -72,6 +73,19 @@ def test_sources_become_one_shuffled_store(files: Path, tmp_path: Path) -> None:
         assert 0 < (np.diff(block.offsets) == 5).sum() < block.n_cells
     assert verify_shards(tmp_path / "out") == 3
     assert len(load_hashes(tmp_path / "out/cells.hash")) == 50
+
+
+def test_the_manifest_names_donors_and_data_sets_of_the_cells_that_are_wanted(tmp_path: Path) -> None:
+    cells = made_up_cells(40)
+    cells.obs["donor_id"] = pd.Categorical([f"d{k % 4}" for k in range(40)])
+    cells.obs["dataset_id"] = "set1"
+    cells.write_h5ad(tmp_path / "named.h5ad")
+    made_up_cells(20, seed=1).write_h5ad(tmp_path / "nameless.h5ad")
+    prepare([tmp_path / "named.h5ad"], tmp_path / "out", where=["donor_id!=d3"])
+    (source,) = read_manifest(tmp_path / "out")["sources"]
+    assert source["origins"] == {"donor_id": ["d0", "d1", "d2"], "dataset_id": ["set1"]}
+    prepare([tmp_path / "nameless.h5ad"], tmp_path / "other")
+    assert read_manifest(tmp_path / "other")["sources"][0]["origins"] == {}
 
 
 def test_obs_columns_are_the_union_over_sources_and_stay_with_their_cells(files: Path, tmp_path: Path) -> None:

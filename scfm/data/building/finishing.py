@@ -83,6 +83,7 @@ def source_reports(building: Path, plan: Plan, surveyed: list[Surveyed], options
                 provenance=source.provenance,
                 fingerprint=planned.fingerprint,
                 copies={plan.sources[first].label: n for first, n in found.get(number, {}).items()},
+                origins=source.origins,
             )
         )
     return reports

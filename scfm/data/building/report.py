@@ -29,6 +29,7 @@ class SourceReport:
         provenance: what the file says of its origin.
         fingerprint: what it was known by while it was read.
         copies: cells whose profile another cell has that comes before them, by the file of that other.
+        origins: the donors and data sets that its cells name, by obs column.
     """
 
     file: str
@@ -40,6 +41,7 @@ class SourceReport:
     provenance: dict[str, Any]
     fingerprint: dict[str, Any] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
+    origins: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

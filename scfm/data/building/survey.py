@@ -25,6 +25,7 @@ from scfm.data.store import ObsColumn, ValueKind
 from scfm.errors import ScfmError
 
 ALL_ZERO = "no expressed gene"
+ORIGINS = ("donor_id", "dataset_id")
 OVER_CAP, NOT_DRAWN = "over the cap", "not drawn"
 CAP, SUBSAMPLE, HELD_OUT, DEALING = range(32, 36)
 """What a stream of draws is for, besides the purposes of `scfm.data.random`."""
@@ -51,6 +52,7 @@ class Surveyed:
         genes: columns of its matrix.
         organisms: what its cells are of, as far as it says.
         provenance: what it says of its origin.
+        origins: the donors and data sets that its wanted cells name, by obs column.
     """
 
     spec: str
@@ -69,6 +71,7 @@ class Surveyed:
     genes: int
     organisms: list[str]
     provenance: dict[str, Any]
+    origins: dict[str, list[str]]
 
 
 def labels_of(specs: Sequence[str]) -> list[str]:
@@ -119,6 +122,7 @@ def survey_source(building: str, number: int, spec: str, label: str, options: Bu
             genes=len(source.var),
             organisms=source.organisms(),
             provenance=source.provenance(),
+            origins=_origins(source, kept),
         )
         refuse_changed(source, fingerprint)
     write_json(done, asdict(surveyed))
@@ -187,6 +191,16 @@ def _kept(
         kept &= passes
         heard[name] = sorted({*heard.get(name, ()), *values.intersection(column.categories)})
     return kept, dropped, heard
+
+
+def _origins(source: Source, kept: NDArray[np.bool_]) -> dict[str, list[str]]:
+    """Return the names of donors and data sets among the wanted cells, by which leakage is looked for later."""
+    found = {}
+    for name in ORIGINS:
+        if name in source.obs_names:
+            named = source.read_obs(name)[kept].dropna()
+            found[name] = sorted(named.astype(str).unique().tolist())
+    return found
 
 
 def _passing(column: ObsColumn, values: set[str], wanted: bool) -> NDArray[np.bool_]:

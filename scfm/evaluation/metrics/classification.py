@@ -13,20 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.errors import ScfmError
+from scfm.evaluation.metrics.metric import Metric
 
 CALIBRATION_BINS = 10
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What a score is called, how it is computed, and which direction is better."""
-
-    title: str
-    protocol: str
-    higher_is_better: bool = True
-
-
-METRICS: dict[str, Metric] = {
+CLASSIFICATION: dict[str, Metric] = {
     "macro_f1": Metric(
         "macro-F1", "unweighted mean of F1 over the fixed label list; F1 of a type never predicted is 0"
     ),
