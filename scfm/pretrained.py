@@ -79,8 +79,8 @@ class PretrainedModel:
                 bf16 instructions.
         """
         network = self.network_at(precision)
-        cells = orthologs.translate(adata, self.files.vocabulary) if orthologs else adata
-        store = self.store(cells, accept_normalised, genes)
+        read = orthologs.translate(adata, self.files.vocabulary) if orthologs else adata
+        store = self.store(read, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         embeddings = np.empty((store.n_cells, self.files.model.width), np.float32)
         for pack, output in self.outputs(network, store, conditions, tokens_per_pack):
@@ -88,7 +88,7 @@ class PretrainedModel:
             cells = torch.nn.functional.normalize(output.cell.float(), dim=-1).cpu().numpy()  # (N, D)
             embeddings[pack.cell_id.cpu().numpy()[real]] = cells[real]
         adata.obsm[EMBEDDING] = embeddings
-        adata.uns["scfm"] = self.provenance(cells, store, conditions, genes, precision)
+        adata.uns["scfm"] = self.provenance(read, store, conditions, genes, precision)
         return adata
 
     def predict(
@@ -130,13 +130,16 @@ class PretrainedModel:
         if unassigned_below is not None and not 0 <= unassigned_below <= 1:
             raise ScfmError(f"unassigned_below: {unassigned_below} is not a probability; it lies between 0 and 1")
         if gene_attention and orthologs is not None:
-            raise ScfmError("gene_attention: names the genes of the cells; translate them first: Orthologs.translate(adata, model.files.vocabulary)")
+            raise ScfmError(
+                "gene_attention: names the genes of the cells, and orthologs are named as the model's; translate the "
+                "cells first: orthologs.translate(adata, model.files.vocabulary)"
+            )
         network = self.network_at(precision)
         heads = [head for head in self.files.heads if head.tells_classes]
         if not heads:
             raise ScfmError(f"{self.source}: has no head that predicts labels; `scfm finetune` adds one")
-        cells = orthologs.translate(adata, self.files.vocabulary) if orthologs else adata
-        store = self.store(cells, accept_normalised, genes)
+        read = orthologs.translate(adata, self.files.vocabulary) if orthologs else adata
+        store = self.store(read, accept_normalised, genes)
         conditions = self.conditions_of(adata)
         logits = {head.task: np.empty((store.n_cells, head.n_out), np.float32) for head in heads}
         with GeneAttention(network, self.source) if gene_attention else nullcontext() as attention:
@@ -151,7 +154,7 @@ class PretrainedModel:
             self.write_labels(adata, head, logits[head.task], unassigned_below)
         if attention is not None:
             attention.write(adata, self.files.vocabulary, genes)
-        adata.uns["scfm"] = self.provenance(cells, store, conditions, genes, precision)
+        adata.uns["scfm"] = self.provenance(read, store, conditions, genes, precision)
         if unassigned_below is not None:
             adata.uns["scfm"]["unassigned_below"] = unassigned_below
         return adata

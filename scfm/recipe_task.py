@@ -69,7 +69,10 @@ def wrong_task(task: TaskConfig, trainable: list[str], valid_fraction: float) ->
         (bool(task.lora.layers), "task.lora.layers: is empty; [backbone.blocks.*] adapts all blocks"),
         (task.lora.lr > 0, f"task.lora.lr: {task.lora.lr} must be positive"),
         (task.neighbours >= 1, f"task.neighbours: {task.neighbours} must be at least 1"),
-        (task.cells_per_type is None or task.cells_per_type >= 1, f"task.cells_per_type: {task.cells_per_type} is none"),
+        (
+            task.cells_per_type is None or task.cells_per_type >= 1,
+            f"task.cells_per_type: {task.cells_per_type} is none",
+        ),
         (0 < kept <= 1, f"task.known_kept: {kept} must lie in (0, 1]"),
         (
             trainable == ["*"] or task.setting == "full",

@@ -125,7 +125,8 @@ class Orthologs:
         kept = np.unique(places)
         values = csr_matrix(held.X)
         put = csr_matrix(
-            (np.ones(len(columns), values.dtype), (columns, np.searchsorted(kept, places))), (values.shape[1], len(kept))
+            (np.ones(len(columns), values.dtype), (columns, np.searchsorted(kept, places))),
+            (values.shape[1], len(kept)),
         )
         translated = values @ put
         total = float(values.sum())

@@ -1,7 +1,7 @@
 """LoRA: frozen matrices that learn a low-rank update (Hu et al., ICLR 2022), added for training and merged to save.
 
-A layer y = W x + b becomes y = W x + b + (alpha / rank) B A x, of which only A and B train. B starts at zero, so that the
-first forward is that of the pretrained model; merged, W + (alpha / rank) B A takes the place of W under its own name.
+A layer y = W x + b becomes y = W x + b + (alpha / rank) B A x, of which only A and B train. B starts at zero, so that
+the first forward is that of the pretrained model; merged, W + (alpha / rank) B A takes W's place under its own name.
 """
 
 from __future__ import annotations

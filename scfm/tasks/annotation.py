@@ -180,10 +180,9 @@ def paced_recipe(recipe: Recipe, task: TaskConfig, n_cells: int) -> tuple[Recipe
     notes = []
     if task.setting == "lora":
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=task.lora.lr))
-    if task.cells_per_type is not None:  # few cells are meant here: a batch larger than all of them is none
-        recipe = replace(
-            recipe, data=replace(recipe.data, cells_per_batch=min(recipe.data.cells_per_batch, n_cells))
-        )
+    if n_cells < recipe.data.cells_per_batch:
+        notes.append(f"{n_cells} cells in a step: there are no {recipe.data.cells_per_batch} to learn from")
+        recipe = replace(recipe, data=replace(recipe.data, cells_per_batch=n_cells))
     trainer, epoch = recipe.trainer, max(1, n_cells // recipe.data.cells_per_batch)
     if trainer.max_epochs is not None and epoch * trainer.max_epochs < task.min_steps:
         longer = math.ceil(task.min_steps / (epoch * trainer.max_epochs))
@@ -235,7 +234,8 @@ def split_rows(
     most = (recipe.task or TaskConfig()).cells_per_type
     if first_held_out is not None:
         train, valid = (
-            few_per_type(side, labels, most, recipe.seed) for side in (rows[rows < first_held_out], rows[rows >= first_held_out])
+            few_per_type(side, labels, most, recipe.seed)
+            for side in (rows[rows < first_held_out], rows[rows >= first_held_out])
         )
         unseen = set(labels[valid].tolist()) - set(labels[train].tolist())
         if unseen:
@@ -245,7 +245,8 @@ def split_rows(
             )
         return train, valid
     rows = few_per_type(rows, labels, most, recipe.seed)
-    if recipe.data.valid_fraction == 0 or most == 1:  # a single cell of a type cannot be on both sides
+    single = np.bincount(labels[rows]).max() == 1  # a single cell of a type cannot be on both sides
+    if recipe.data.valid_fraction == 0 or single:
         return rows, rows[:0]
     split = stratified_split(labels[rows], recipe.data.valid_fraction, recipe.seed)
     return rows[split.train], rows[split.test]
@@ -267,9 +268,7 @@ def few_per_type(rows: NDArray[np.int64], labels: NDArray, most: int | None, see
     return np.sort(np.concatenate(kept))
 
 
-def all_hashes(
-    store: CellStore, rows: NDArray[np.int64], before: NDArray[np.uint64] | None
-) -> NDArray[np.uint64]:
+def all_hashes(store: CellStore, rows: NDArray[np.int64], before: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
     """Return the sorted hashes of the cells used here and of those that the model had seen before."""
     hashes = store_hashes(store)[rows]
     return np.sort(np.concatenate([hashes, hashes[:0] if before is None else before]))

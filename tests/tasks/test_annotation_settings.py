@@ -129,7 +129,9 @@ def test_few_labels_are_nested_and_count_the_validation_cells(scgpt: scfm.Pretra
 
 
 def test_few_cells_are_passed_over_more_often() -> None:
-    recipe = read_recipe(None, {"data": {"cells_per_batch": 10}, "trainer": {"max_epochs": 3}, "task": {"min_steps": 50}})
+    recipe = read_recipe(
+        None, {"data": {"cells_per_batch": 10}, "trainer": {"max_epochs": 3}, "task": {"min_steps": 50}}
+    )
     assert recipe.task is not None
     paced, notes = paced_recipe(recipe, recipe.task, 45)
     assert (paced.trainer.max_epochs, paced.trainer.check_val_every_n_epoch) == (15, 5)
@@ -139,9 +141,7 @@ def test_few_cells_are_passed_over_more_often() -> None:
 
 @pytest.mark.parametrize("score", ["probability", "energy"])
 @pytest.mark.parametrize("setting", ["zero_shot", "probe"])
-def test_novel_types_are_left_unassigned(
-    score: str, setting: str, scgpt: scfm.PretrainedModel, tmp_path: Path
-) -> None:
+def test_novel_types_are_left_unassigned(score: str, setting: str, scgpt: scfm.PretrainedModel, tmp_path: Path) -> None:
     cells = made_up_cells(240, seed=1)
     section = {"name": "annotation", "setting": setting, "novel_types": score, "known_kept": 0.9}
     tuned = scgpt.finetune(cells, section, out=str(tmp_path / "run"), data={"valid_fraction": 0.5})
