@@ -231,9 +231,10 @@ class Untrained:
 
     Args:
         model: model directory, of which nothing but the form is taken.
+        name: what the report calls it.
     """
 
-    def __init__(self, model: Path, name: str = "random weights") -> None:
+    def __init__(self, model: Path, name: str) -> None:
         self.name, self.embed = name, random_weights(model)
 
     def describe(self) -> str:

@@ -86,16 +86,15 @@ class EmbeddingParts:
 
     def scores(self, weights: Weights) -> dict[str, NDArray[np.float64]]:
         """Return the scores (R,) of weights (R, n), by metric; S_bio, S_batch and S_final as `embedding_scores` has."""
+        n_labels, n_clusters = int(self.label.max()) + 1, int(self.cluster.max()) + 1
+        table = _by_category(weights, self.label * n_clusters + self.cluster, n_labels * n_clusters)
+        table = table.reshape(len(weights), n_labels, n_clusters)
+        connected = _by_category(weights * self.connected, self.label, n_labels)
         of_sample = weights[:, self.sampled]
-        table = _by_category(weights, self.label * (self.cluster.max() + 1) + self.cluster)
-        table = table.reshape(len(weights), self.label.max() + 1, -1)
-        shares = _ratio(
-            _by_category(weights * self.connected, self.label), _by_category(weights, self.label)
-        )
         defined = ~np.isnan(self.mixing)
+        of_defined, label = of_sample[:, defined], self.label[self.sampled][defined]
         mixed = _ratio(
-            _by_category(of_sample[:, defined] * self.mixing[defined], self.label[self.sampled][defined]),
-            _by_category(of_sample[:, defined], self.label[self.sampled][defined]),
+            _by_category(of_defined * self.mixing[defined], label, n_labels), _by_category(of_defined, label, n_labels)
         )
         before, after = (_pcr(x, self.batch, weights) for x in (self.before, self.components))
         found = {
@@ -104,7 +103,7 @@ class EmbeddingParts:
             "asw_label": (_ratio(of_sample @ self.width, of_sample.sum(1)) + 1) / 2,
             "asw_batch": np.nanmean(mixed, axis=1),
             "pcr_comparison": np.maximum(_ratio(before - after, before), 0),
-            "graph_connectivity": np.nanmean(shares, axis=1),
+            "graph_connectivity": np.nanmean(_ratio(connected, table.sum(2)), axis=1),
         }
         found["s_bio"] = np.mean([found[name] for name in S_BIO], axis=0)
         found["s_batch"] = np.mean([found[name] for name in S_BATCH], axis=0)
@@ -120,12 +119,12 @@ def _components(matrix: NDArray) -> NDArray[np.float64]:
     return PCA(min(PCR_COMPONENTS, *x.shape), svd_solver=solver, random_state=0).fit_transform(x)
 
 
-def _by_category(weights: Weights, codes: NDArray[np.int64]) -> NDArray[np.float64]:
+def _by_category(weights: Weights, codes: NDArray[np.int64], categories: int) -> NDArray[np.float64]:
     """(R, categories) summed weights (R, n) of the cells of each category (n,); 0 for categories without a cell."""
     from scipy.sparse import csr_matrix
 
     n = len(codes)
-    return weights @ csr_matrix((np.ones(n), (np.arange(n), codes)), shape=(n, int(codes.max()) + 1))
+    return weights @ csr_matrix((np.ones(n), (np.arange(n), codes)), shape=(n, categories))
 
 
 def _ratio(part: NDArray, whole: NDArray) -> NDArray[np.float64]:

@@ -94,8 +94,10 @@ def evaluate(
             called = name if len(settings) == 1 else f"{name}, {way.replace('_', ' ')}"
             given = ModelInput(path, called, folder / "runs" / f"{run_name(path)}-{way}", way, sections)
             methods.append(protocol.model(given))
-            trained_on[called] = known
-        controls.append((protocol.untrained(ModelInput(path, name, folder / "runs")), "negative control"))
+            if way != "scratch":  # starts from random weights, whatever the model has seen
+                trained_on[called] = known
+        untrained = "random weights" if len(paths) == 1 else f"{name}, random weights"
+        controls.append((protocol.untrained(ModelInput(path, untrained, folder / "runs")), "negative control"))
     comparison = compare(
         methods,
         adata,

@@ -118,7 +118,8 @@ def _figure(number: int, figure: Figure) -> str:
 
 
 def _metrics(comparison: Comparison) -> dict[str, str]:
-    return {METRICS[name].title: escape(METRICS[name].protocol) for name in comparison.protocol.metrics}
+    listed = (*comparison.protocol.metrics, *comparison.protocol.further)
+    return {METRICS[name].title: escape(METRICS[name].protocol) for name in listed}
 
 
 def _score(summary: Summary, best: bool, beneath: bool) -> str:
@@ -154,7 +155,22 @@ def _groups(comparison: Comparison, columns: int, cells: Callable[[str], str]) -
 
 
 def _score_table(comparison: Comparison) -> str:
-    metrics, silent = comparison.protocol.metrics, uninformative(comparison)
+    n = len(comparison.splits)
+    spread = f"Mean ± standard deviation over {n} seeds" if n > 1 else "One seed, so there is no spread"
+    where = "Scores, transductive" if comparison.protocol.transductive else "Scores on held-out cells"
+    notes = [f"{spread}; best model or baseline of a column in bold."]
+    if uninformative(comparison):
+        notes.append("Uninformative: a negative control scores at least as well as the best method.")
+    if any(leaked(comparison, name) for name in comparison.kinds):
+        notes.append("† trained on some of these cells.")
+    tables = [_scores_of(comparison, comparison.protocol.metrics, f"<b>Table 1. {where}.</b> {' '.join(notes)}")]
+    if comparison.protocol.further:
+        tables.append(_scores_of(comparison, comparison.protocol.further, "<b>Table 1, continued.</b> Further scores."))
+    return "".join(tables)
+
+
+def _scores_of(comparison: Comparison, metrics: Sequence[str], caption: str) -> str:
+    silent = uninformative(comparison)
     winners = {metric: comparison.best(metric, "model", "baseline") for metric in metrics}
     head = "".join(
         f"<th>{capitalised(METRICS[metric].title)}{'<small>uninformative</small>' if metric in silent else ''}</th>"
@@ -168,15 +184,6 @@ def _score_table(comparison: Comparison) -> str:
             for metric, score in scores.items()
         )
 
-    n = len(comparison.splits)
-    spread = f"Mean ± standard deviation over {n} seeds" if n > 1 else "One seed, so there is no spread"
-    where = "Scores, transductive" if comparison.protocol.transductive else "Scores on held-out cells"
-    notes = [f"{spread}; best model or baseline of a column in bold."]
-    if silent:
-        notes.append("Uninformative: a negative control scores at least as well as the best method.")
-    if any(leaked(comparison, name) for name in comparison.kinds):
-        notes.append("† trained on some of these cells.")
-    caption = f"<b>Table 1. {where}.</b> {' '.join(notes)}"
     return (
         f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr>'
         f"</thead>{_groups(comparison, len(metrics), cells)}</table></div>"

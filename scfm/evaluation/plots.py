@@ -178,6 +178,72 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
     return drawn.getvalue()
 
 
+def umap_rows(embeddings: Mapping[str, NDArray], colourings: Mapping[str, NDArray[np.str_]]) -> bytes:
+    """Draw the UMAP of each embedding in a column, coloured by one property of the cells in each row.
+
+    Args:
+        embeddings: title -> (n, d).
+        colourings: what is coloured by -> (n,) names, a legend each.
+    """
+    from matplotlib.lines import Line2D
+
+    n = len(next(iter(colourings.values())))
+    order = np.random.default_rng(0).permutation(n)  # else the last batch covers the others
+    with new_figure(7.2, 0.3 + (0.3 + 6.6 / max(len(embeddings), 2)) * len(colourings)) as (figure, (axis,), drawn):
+        axis.remove()
+        rows = figure.subfigures(len(colourings), 1, squeeze=False)[:, 0]
+        points = {title: umap_of(embedding)[order] for title, embedding in embeddings.items()}
+        for row, (what, names) in zip(rows, colourings.items(), strict=True):
+            kinds, counts = np.unique(names, return_counts=True)
+            kinds = kinds[np.argsort(-counts)] if what == next(iter(colourings)) else kinds
+            hue = {kind: HUES[k % len(HUES)] for k, kind in enumerate(kinds)}
+            colours = [hue[name] for name in names[order]]
+            for panel, (title, place) in zip(
+                row.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True
+            ):
+                panel.scatter(place[:, 0], place[:, 1], s=max(1.5, min(9, 6000 / n)), c=colours, alpha=0.75, lw=0)
+                panel.set_title(fill(title, 72 // len(points)) if row is rows[0] else "")
+                panel.set(xticks=[], yticks=[])
+                panel.spines[["left", "bottom"]].set_visible(False)
+                panel.set_box_aspect(0.95)
+            handles = [Line2D([], [], color=hue[kind], marker="o", ls="", ms=5, label=kind) for kind in kinds]
+            row.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.4, title=f"by {what}")
+    return drawn.getvalue()
+
+
+def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
+    """Draw every method's mean of one score against another, named, with lines of equal 0.6 y + 0.4 x."""
+    colours = _colours(comparison)
+    markers = {"model": "D", "baseline": "o", "negative control": "x", "positive control": "*"}
+    with new_figure(7.2, 4.4) as (_, (axis,), drawn):
+        for level in np.arange(0.1, 1.0, 0.1):
+            axis.plot([0, 1], [level / 0.6, (level - 0.4) / 0.6], color=RULE, lw=0.8, ls=":", zorder=1)
+            if level >= 0.45:
+                axis.text(1.012, (level - 0.4) / 0.6, f"{level:.1f}", color=FAINT, fontsize=7, va="center")
+        placed: list[tuple[float, float]] = []
+        for name in comparison.ranked(*KINDS):
+            at = tuple(comparison.summary(name, metric).mean for metric in (x, y))
+            kind = comparison.kinds[name]
+            axis.scatter(*at, s=44, color=colours[name], marker=markers[kind], zorder=3)
+            # names of neighbouring points stand above one another
+            below = sum(abs(at[0] - px) < 0.2 and abs(at[1] - py) < 0.045 for px, py in placed)
+            placed.append((at[0], at[1]))
+            left = at[0] > 0.72
+            axis.annotate(
+                name,
+                at,
+                xytext=(-8 if left else 8, -11 * below),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                color=INK if kind in ("model", "baseline") else FAINT,
+                fontweight="bold" if kind == "model" else "normal",
+            )
+        axis.set(xlim=(0, 1.06), ylim=(0, 1.04), xlabel=METRICS[x].title, ylabel=METRICS[y].title)
+        axis.grid()
+    return drawn.getvalue()
+
+
 def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
     """Draw confusion matrices side by side, summed over splits: shade by share of the true type, numbers are cells."""
     tables = [np.sum([run.scores.confusion for run in comparison.runs_of(name)], axis=0) for name in methods]

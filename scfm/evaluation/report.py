@@ -84,7 +84,7 @@ def print_report(comparison: Comparison, console: Console | None = None) -> None
 
 def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> str:
     """Return all scores and where they come from, as JSON; a score that is not defined is null."""
-    silent = uninformative(comparison)
+    silent, protocol = uninformative(comparison), comparison.protocol
     of_all = {name: origin[name] for name in ("commit", "versions")}
     rows = [
         row
@@ -117,7 +117,7 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
             name: {"kind": kind, "description": comparison.descriptions[name], "failure": comparison.failure(name)}
             for name, kind in comparison.kinds.items()
         },
-        "protocols": {name: METRICS[name].protocol for name in comparison.protocol.metrics},
+        "protocols": {name: METRICS[name].protocol for name in (*protocol.metrics, *protocol.further)},
         "uninformative": silent,
         "rows": rows,
         "differences": [

@@ -132,7 +132,7 @@ def uninformative(comparison: Comparison) -> dict[str, str]:
     All models and baselines are asked: where only the models fall behind a control, it is they that are bad.
     """
     found = {}
-    for metric in comparison.protocol.metrics:
+    for metric in (*comparison.protocol.metrics, *comparison.protocol.further):
         best = comparison.best(metric, "model", "baseline")
         control = comparison.best(metric, "negative control")
         if best is None or control is None:

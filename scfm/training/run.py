@@ -241,10 +241,12 @@ def opening_line(job: Job, trainer: L.Trainer) -> str:
     """Say what is about to run: sizes, cells, device, attention backend and why that one."""
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in job.network.parameters())
+    trained = sum(p.numel() for p in job.network.parameters() if p.requires_grad)
+    some = f", {trained:,} of them trained" if trained < parameters else ""
     model = job.recipe.model
     mixing, reason = mixing_of(model, device, trainer.precision)
     return (
-        f"{model.name}: {parameters:,} parameters; {len(job.train_rows):,} training and "
+        f"{model.name}: {parameters:,} parameters{some}; {len(job.train_rows):,} training and "
         f"{len(job.valid_rows):,} validation cells, {job.store.vocabulary.n_genes:,} genes; "
         f"{trainer.world_size} x {device.type}, precision {trainer.precision}; attention {mixing} ({reason})"
     )

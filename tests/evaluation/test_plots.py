@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comparisons import compared
+from comparisons import compared, with_confusion
 
 from scfm.evaluation import plots
 from scfm.evaluation.harness import Comparison
@@ -37,7 +37,7 @@ def test_predictions_outside_the_list_get_a_column_of_their_own(comparison: Comp
     def with_foreign(run):
         confusion = run.scores.confusion.copy()
         confusion[0, -1] = 3
-        return replace(run, scores=replace(run.scores, confusion=confusion))
+        return with_confusion(run, confusion)
 
     foreign = replace(comparison, runs=[with_foreign(run) for run in comparison.runs])
     assert plots.confusion(foreign, ["oracle"]) != plots.confusion(comparison, ["oracle"])

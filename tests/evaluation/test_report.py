@@ -64,10 +64,12 @@ def test_the_page_shows_every_method_the_verdict_and_the_hashes(written: Path, c
 
 def test_metrics_json_holds_a_row_per_method_seed_and_metric(written: Path, comparison: Comparison) -> None:
     found = json.loads((written / "metrics.json").read_text())
-    assert len(found["rows"]) == 4 * 3 * 6
+    assert len(found["rows"]) == len(comparison.kinds) * 3 * 6
     row = next(row for row in found["rows"] if row["method"] == "kNN on PCA" and row["metric"] == "accuracy")
-    assert row["split"] == comparison.split_hashes[row["seed"]]
-    assert row["value"] == comparison.runs_of("kNN on PCA")[0].scores.values["accuracy"]
+    assert row["split_sha256"] == comparison.split_hashes[row["seed"]]
+    assert row["value"] == comparison.runs_of("kNN on PCA")[0].values["accuracy"]
+    assert row["data_sha256"] == comparison.data_sha256
+    assert {"commit", "versions", "seconds_fit", "peak_mib", "parameters", "uninformative", "kind"} <= set(row)
     assert {"commit", "versions", "machine", "time", "data_sha256", "caveats", "differences", "protocols"} <= set(found)
     assert [entry["seen"] for entry in found["leakage"]] == [None] * 3
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comparisons import compared
+from comparisons import compared, with_confusion
 
 from scfm.errors import ScfmError
 from scfm.evaluation.bootstrap import Interval
@@ -48,7 +48,7 @@ def test_numbers_and_names_are_typeset() -> None:
 def test_a_perfect_model_beats_the_best_baseline_in_every_seed() -> None:
     comparison = compared()
     found = against_best_baseline(comparison, "oracle", "macro_f1")
-    best = comparison.best("baseline", "macro_f1")
+    best = comparison.best("macro_f1", "baseline")
     assert found.baseline == best != "majority class"
     assert found.outcome == "model"
     assert (found.seeds_ahead, found.seeds) == (3, 3)
@@ -96,7 +96,7 @@ def test_rare_left_out_and_foreign_types_and_duplicates_are_noted() -> None:
             support=[75, 50, 19],
             excluded=["Platelet"],
             duplicates=[Leakage(45, 2)],
-            runs=[replace(first, scores=replace(first.scores, confusion=confusion)), *comparison.runs[1:]],
+            runs=[with_confusion(first, confusion), *comparison.runs[1:]],
         )
     )
     assert "Fewer than 20 cells in all, so their F1 moves in large steps: T." in notes

@@ -14,6 +14,7 @@ from runs import tiny_recipe, write_shards
 from scbert_runs import scbert_recipe
 
 import scfm
+from scfm.checkpoints.convert import convert
 from scfm.checkpoints.native import read_model, read_weights
 from scfm.errors import ScfmError
 from scfm.model.neighbours import TEMPERATURE, NeighbourDecoder
@@ -62,6 +63,7 @@ def test_every_setting_ends_in_an_ordinary_model(
     frozen = setting in ("zero_shot", "probe")
     assert bool(moved) != frozen
     if setting == "lora":
+        assert " of them trained; 54 training" in (tmp_path / "run" / "log.txt").read_text()
         assert {name.rsplit(".", 2)[-2] for name in moved} == {"qkv", "out_proj", "linear1", "linear2"}
     again = made_up_cells(30, seed=2)
     predicted = scfm.load(tmp_path / "run" / "model").predict(again)
@@ -84,6 +86,12 @@ def test_what_a_model_saw_follows_from_its_setting(scgpt: scfm.PretrainedModel, 
         assert len(files.cell_hashes) == 60 + (0 if setting == "scratch" else len(scgpt.files.cell_hashes))
         assert ("pretraining" in files.training_data) == (setting != "scratch")
         assert f"| setting | {setting}: " in files.card
+
+
+def test_a_vote_of_cells_is_none_of_the_originals(scgpt: scfm.PretrainedModel, tmp_path: Path) -> None:
+    annotate(scgpt, tmp_path / "run", made_up_cells(60, seed=1), setting="zero_shot")
+    with pytest.raises(ScfmError, match=r"vote of reference cells, which scGPT has no place for; --drop 'heads\.annot"):
+        convert(str(tmp_path / "run" / "model"), to="scgpt", out=str(tmp_path / "out"))
 
 
 def test_the_neighbours_vote_by_their_cosine() -> None:

@@ -72,6 +72,8 @@ def wrong_model(files: ModelFiles, kind: str) -> list[str]:
 
 def wrong_head(head: HeadSpec, files: ModelFiles, kind: str) -> list[str]:
     reasons = []
+    if head.kind == "neighbours":
+        reasons.append(f"head {head.task} is a vote of reference cells, which scGPT has no place for")
     if head.kind in ("gep", "gepc") and head.n_out > 1:
         reasons.append(f"head {head.task} predicts bins by cross-entropy, where scGPT predicts a value")
     if kind == "TransformerGenerator" and head.kind == "gep" and not head.affine:

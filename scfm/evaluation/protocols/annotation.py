@@ -26,6 +26,7 @@ from scfm.evaluation.protocol import (
     Step,
 )
 from scfm.evaluation.splits import Split
+from scfm.evaluation.verdict import capitalised
 
 if TYPE_CHECKING:
     import anndata
@@ -68,7 +69,7 @@ class Annotation(EvaluationProtocol):
     headline = ("macro_f1", "accuracy")
     terminal = ("macro_f1", "accuracy", "auroc")
     main = "macro_f1"
-    settings = ("full",)
+    settings = ("full", "probe", "zero_shot", "lora", "scratch")
 
     def baselines(self) -> Sequence[Method]:
         return [baseline() for baseline in OBLIGATORY[self.name]]
@@ -83,13 +84,13 @@ class Annotation(EvaluationProtocol):
         ]
 
     def model(self, given: ModelInput) -> Method:
-        from scfm.evaluation.methods import FineTuned
+        from scfm.evaluation.methods import annotation_method
 
-        return FineTuned(given.name, given.path, given.runs, given.sections)
+        return annotation_method(given.name, given.path, given.runs, given.setting or self.settings[0], given.sections)
 
     def untrained(self, given: ModelInput) -> Method:
         what = "the same network with random weights, never trained"
-        return NearestIn(f"{given.name}, random weights", what, random_weights(given.path))
+        return NearestIn(given.name, what, random_weights(given.path))
 
     def run(
         self,
@@ -176,7 +177,7 @@ class Annotation(EvaluationProtocol):
         for name in comparison.names("model", "baseline"):
             outside = sum(int(run.scores.confusion[:, -1].sum()) for run in comparison.runs_of(name))
             if outside:
-                said.append(f"{name} gave {outside:,} cells a label outside the list; they count as errors.")
+                    said.append(f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors.")
         return said
 
 

@@ -90,6 +90,7 @@ class Integration(EvaluationProtocol):
 
     def __init__(self) -> None:
         self._before: tuple[LabelledCells, NDArray] | None = None
+        self._parts: dict[int, tuple[Outcome, EmbeddingParts]] = {}
 
     def baselines(self) -> Sequence[Method]:
         return [baseline() for baseline in OBLIGATORY[self.name]]
@@ -107,7 +108,7 @@ class Integration(EvaluationProtocol):
         return embedder(given)
 
     def untrained(self, given: ModelInput) -> Method:
-        return Untrained(given.path)
+        return Untrained(given.path, given.name)
 
     def before(self, cells: LabelledCells) -> NDArray:
         """Return the principal components of the expression itself, with which PCR is compared; computed once."""
@@ -142,9 +143,15 @@ class Integration(EvaluationProtocol):
     def resampled(self, comparison: Comparison, run: Run, metric: str) -> Resampled | None:
         if metric not in EmbeddingParts.METRICS or run.outcome is None or run.outcome.embedding is None:
             return None
-        cells = comparison.cells
-        assert cells.batches is not None
-        parts = EmbeddingParts.of(run.outcome.embedding, cells.truth, cells.batches, self.before(cells), run.seed)
+        known = self._parts.get(id(run.outcome))
+        if known is None:  # the outcome is kept with its parts, so that no other can come to have its id
+            cells, embedding = comparison.cells, run.outcome.embedding
+            assert cells.batches is not None
+            known = run.outcome, EmbeddingParts.of(
+                embedding, cells.truth, cells.batches, self.before(cells), run.seed
+            )
+            self._parts[id(run.outcome)] = known
+        parts = known[1]
         return lambda weights: parts.scores(weights)[metric]
 
     def figures(self, comparison: Comparison) -> list[Figure]:
