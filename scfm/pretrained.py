@@ -217,7 +217,7 @@ class PretrainedModel:
             adata: cells with raw counts, and the labels in `.obs`.
             task: name of a registered task, or the recipe's task section, e.g.
                 `{"name": "annotation", "label": "louvain"}`.
-            **sections: other keys of the recipe, over those of `recipes/finetune/<task>.yaml`: `seed=1`,
+            **sections: other keys of the recipe, over those of the bundled one for task and model: `seed=1`,
                 `out="runs/mine"` (a temporary folder if not given), `trainer={"max_epochs": 5}` ...
         """
         from scfm.tasks import TASKS

@@ -14,13 +14,13 @@ class LoRAConfig:
         rank: Of each update.
         alpha: Updates are scaled by alpha / rank.
         layers: Name patterns of the linear layers of the backbone that get one.
-        lr: Peak learning rate, in place of optimizer.lr: updates that start at zero bear, and need, a higher one.
+        lr_factor: Peak learning rate as a multiple of optimizer.lr: updates that start at zero bear, and need, more.
     """
 
     rank: int = 8
     alpha: float = 16.0
     layers: list[str] = field(default_factory=lambda: ["backbone.blocks.*"])
-    lr: float = 1e-3
+    lr_factor: float = 10.0
 
 
 @dataclass
@@ -72,7 +72,7 @@ def wrong_task(task: TaskConfig, trainable: list[str], valid_fraction: float) ->
         (task.lora.rank >= 1, f"task.lora.rank: {task.lora.rank} must be at least 1"),
         (task.lora.alpha > 0, f"task.lora.alpha: {task.lora.alpha} must be positive"),
         (bool(task.lora.layers), "task.lora.layers: is empty; [backbone.blocks.*] adapts all blocks"),
-        (task.lora.lr > 0, f"task.lora.lr: {task.lora.lr} must be positive"),
+        (task.lora.lr_factor > 0, f"task.lora.lr_factor: {task.lora.lr_factor} must be positive"),
         (task.genes is None or task.genes >= 1, f"task.genes: {task.genes} is none"),
         (task.neighbours >= 1, f"task.neighbours: {task.neighbours} must be at least 1"),
         (

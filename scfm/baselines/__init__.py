@@ -27,10 +27,10 @@ OBLIGATORY: dict[str, tuple[type[Any], ...]] = {
 }
 
 __all__ = [
+    "HVGPCA",
     "OBLIGATORY",
     "SCVI",
     "BalancedLogisticRegression",
-    "HVGPCA",
     "Harmony",
     "KNNOnPCA",
     "MajorityClass",

@@ -80,8 +80,8 @@ def highly_variable(
         return np.arange(total)
     cells = AnnData(expression)
     if batches is not None:
-        names, members, sizes = np.unique(batches, return_inverse=True, return_counts=True)
-        cells.obs["batch"] = pd.Categorical.from_codes(members, names)
+        _, members, sizes = np.unique(batches, return_inverse=True, return_counts=True)
+        cells.obs["batch"] = pd.Categorical(batches)
         cells = cells[sizes[members] > 1]
         if not cells.n_obs:
             raise ScfmError(f"each of the {n} cells is a batch of its own: no gene varies within a batch")

@@ -74,21 +74,16 @@ class ParameterFree:
             self._fit_components(self._transform(expression), labels, seed)
         return self
 
-    def predict(self, adata: anndata.AnnData) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
+    def predict(self, adata: anndata.AnnData) -> tuple[NDArray[np.str_], NDArray[np.floating]]:
         """Return labels (n,) and probabilities (n, C), columns as in `classes`."""
         if self.kind == "centroid":
             weights = self.project(adata)
             return np.array(self.classes)[weights.argmax(1)], _shares(weights)
-        probabilities = self.model.predict_proba(self.embed(adata))
+        cells = self._transform(self.rule.apply(adata)).columns(self.genes)
+        probabilities = self.model.predict_proba(self.components.transform(cells))
         return np.array(self.classes)[probabilities.argmax(1)], probabilities
 
-    def embed(self, adata: anndata.AnnData) -> NDArray[np.float64]:
-        """Return the weights on the profiles (n, C), or the whitened components (n, n_pcs)."""
-        if self.kind == "centroid":
-            return self.project(adata)
-        return self.components.transform(self._transform(self.rule.apply(adata)).columns(self.genes))
-
-    def project(self, adata: anndata.AnnData) -> NDArray[np.float64]:
+    def project(self, adata: anndata.AnnData) -> NDArray[np.floating]:
         """Return the least-squares weights of each cell on the profiles, (n, C). For `centroid`.
 
         A cell whose largest weight is below 0.1 resembles none of the types (the original calls it unspecified).
@@ -150,7 +145,7 @@ class ParameterFreePCA(ParameterFree):
         super().__init__("pca_lr")
 
 
-def anova_f(cells: ShiftedRows, labels: NDArray[np.str_]) -> NDArray[np.float64]:
+def anova_f(cells: ShiftedRows, labels: NDArray[np.str_]) -> NDArray[np.floating]:
     """Return the one-way F statistic of each gene between labels, (G,); NaN for a gene that never varies."""
     groups, members = np.unique(labels, return_inverse=True)
     n, classes = len(labels), len(groups)
@@ -166,8 +161,8 @@ def anova_f(cells: ShiftedRows, labels: NDArray[np.str_]) -> NDArray[np.float64]
         return (between / (classes - 1)) / (within / (n - classes))
 
 
-def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the positive weights of each row as shares of their sum; equal shares where no weight is positive."""
+def _shares(weights: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the positive weights of each row as shares of their sum; a softmax where no weight is positive."""
     positive = np.maximum(weights, 0)
-    sums = positive.sum(axis=1, keepdims=True)
-    return np.where(sums > 0, positive / np.where(sums > 0, sums, 1), 1 / weights.shape[1])
+    shares = np.where(positive.any(axis=1, keepdims=True), positive, np.exp(weights))
+    return shares / shares.sum(axis=1, keepdims=True)

@@ -19,7 +19,7 @@ class ShiftedRows:
     """
 
     sparse: csr_matrix
-    shift: NDArray[np.float64]
+    shift: NDArray[np.floating]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -29,27 +29,27 @@ class ShiftedRows:
         """Return the given genes only, (n, len(genes))."""
         return ShiftedRows(self.sparse[:, genes].tocsr(), self.shift)
 
-    def times(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    def times(self, vectors: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the matrix times (G,) or (G, k)."""
         return self.sparse @ vectors + _outer(self.shift, vectors.sum(axis=0))
 
-    def transposed_times(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    def transposed_times(self, vectors: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the transposed matrix times (n,) or (n, k)."""
         return self.sparse.T @ vectors + self.shift @ vectors
 
-    def lengths(self) -> NDArray[np.float64]:
+    def lengths(self) -> NDArray[np.floating]:
         """Return the Euclidean length of each row, (n,)."""
         genes = self.shape[1]
         squares = np.asarray(self.sparse.multiply(self.sparse).sum(axis=1)).ravel()
         sums = np.asarray(self.sparse.sum(axis=1)).ravel()
         return np.sqrt(np.maximum(squares + 2 * self.shift * sums + genes * self.shift**2, 0))
 
-    def column_squares(self) -> NDArray[np.float64]:
+    def column_squares(self) -> NDArray[np.floating]:
         """Return the sum of squares of each column, (G,)."""
         squares = np.asarray(self.sparse.multiply(self.sparse).sum(axis=0)).ravel()
         return squares + 2 * (self.sparse.T @ self.shift) + (self.shift**2).sum()
 
-    def column_moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def column_moments(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """Return mean and variance (over n) of each column, (G,) each."""
         level = float(self.shift.mean())
         centred = ShiftedRows(self.sparse, self.shift - level)  # or squares cancel where shifts are alike
@@ -57,11 +57,11 @@ class ShiftedRows:
         mean = centred.transposed_times(np.ones(n)) / n
         return mean + level, np.maximum(centred.column_squares() / n - mean**2, 0)
 
-    def dense(self) -> NDArray[np.float64]:
+    def dense(self) -> NDArray[np.floating]:
         return self.sparse.toarray() + self.shift[:, None]
 
 
-def _outer(shift: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def _outer(shift: NDArray[np.floating], sums: NDArray[np.floating]) -> NDArray[np.floating]:
     return shift * sums if np.ndim(sums) == 0 else np.outer(shift, sums)
 
 

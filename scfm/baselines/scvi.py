@@ -1,4 +1,4 @@
-"""scVI: the deep method of batch integration that foundation models are most often compared with (Lopez et al. 2018)."""
+"""scVI: the deep method of batch integration that foundation models are compared with (Lopez et al. 2018)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SCVI:
-    """scVI of scvi-tools on the counts of highly variable genes, with its published settings. Needs `scfm[scvi]`.
+    """scVI of scvi-tools on counts of highly variable genes, set as in its integration tutorial. Needs `scfm[scvi]`.
 
     Transductive: it sees all the cells that it embeds.
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SparseLogisticRegression:
     """L1-penalised logistic regression on the log expression of all genes, each type against the rest.
 
-    Genes are not scaled and types not weighted, as in the comparison of Boiarsky et al., which chose the penalty by
-    cross-validation on the training cells; `Tuned` does that.
+    Genes are not scaled and types not weighted, as in the comparison of Boiarsky et al., which chose C by
+    cross-validation on the training cells.
 
     Args:
         strength: Inverse strength of the L1 penalty (scikit-learn's C).
@@ -44,7 +44,7 @@ class SparseLogisticRegression:
         if len(set(labels)) < 2:
             raise ScfmError(f"all {len(labels)} training cells have the same value of obs[{label!r}]: nothing to learn")
         self.rule = ExpressionRule.learn(adata)
-        one = LogisticRegression(penalty="l1", C=self.strength, solver="liblinear", max_iter=1000, random_state=seed)
+        one = LogisticRegression(l1_ratio=1, C=self.strength, solver="liblinear", random_state=seed)
         self.model = OneVsRestClassifier(one).fit(self.rule.apply(adata), labels)
         self.classes: list[str] = self.model.classes_.tolist()
         return self

@@ -10,7 +10,7 @@ import numpy as np
 
 from scfm.errors import ScfmError
 from scfm.evaluation.protocol import EvaluationProtocol, LabelledCells
-from scfm.evaluation.splits import Split, load_splits, stratified_split
+from scfm.evaluation.splits import Split, grouped_split, load_splits, stratified_split
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -106,19 +106,18 @@ def splits_of(
     """
     if protocol.transductive:
         if split != "random" or held_out:
-            raise ScfmError(f"--split: {protocol.name} is transductive, methods see all cells; there is nothing to hold out")
+            raise ScfmError(
+                f"--split: {protocol.name} is transductive, methods see all cells; there is nothing to hold out"
+            )
         return [AllCells.of(len(cells.truth), seed) for seed in range(seeds)]
     if split == "random":
         if held_out:
             raise ScfmError("--held-out: names groups; say of which column with --split")
         return [stratified_split(cells.truth, HELD_OUT, seed) for seed in range(seeds)]
-    from scfm.evaluation.splits import grouped_split
-
     column = column_of(cells.adata, split, cells)
     groups = cells.adata.obs[column].astype(str).to_numpy(dtype=str)
-    if held_out:
-        return [grouped_split(groups, test_groups=list(held_out), seed=seed, by=column) for seed in range(seeds)]
-    return [grouped_split(groups, fraction=HELD_OUT, seed=seed, by=column) for seed in range(seeds)]
+    wanted = list(held_out) or None
+    return [grouped_split(groups, wanted, test_fraction=HELD_OUT, seed=seed, unit=column) for seed in range(seeds)]
 
 
 def column_of(adata: AnnData, split: str, cells: LabelledCells) -> str:

@@ -29,7 +29,7 @@ def noise(adata: AnnData, seed: int) -> NDArray[np.float32]:
 
 
 def random_weights(model: Path) -> Callable[[AnnData, int], NDArray]:
-    """Return what embeds cells with a model directory's network, its weights drawn anew by the seed and never trained."""
+    """Return what embeds cells with the network of a model directory, weights drawn anew by the seed, never trained."""
 
     def embed(adata: AnnData, seed: int) -> NDArray:
         import torch

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from scfm.errors import ScfmError
 from scfm.evaluation import asked
 from scfm.evaluation.harness import Comparison, compare
 from scfm.evaluation.leakage import TrainedOn
+from scfm.evaluation.learning_curve import learning_curve
 from scfm.evaluation.protocol import Kind, LabelledCells, Method, ModelInput
 from scfm.evaluation.protocols import protocol_of
 from scfm.evaluation.report import print_report, write_report
@@ -30,6 +32,7 @@ def evaluate(
     setting: str | None = None,
     config: str | None = None,
     seeds: int = 3,
+    curve: Sequence[int] = (),
     strict: bool = False,
 ) -> Comparison:
     """Judge models beside the task's baselines and controls, all on the same splits with the same seeds.
@@ -52,6 +55,7 @@ def evaluate(
         setting: How models are used, separated by commas; of a task's settings the first if not given.
         config: fine-tuning recipe; the bundled one of the task if not given.
         seeds: How often everything is repeated; one seed says nothing of the spread.
+        curve: For annotation, a learning curve too: with so many training cells of each type, 1 5 10 50.
         strict: Refuse models that were trained on held-out cells, or do not say what they were trained on.
     """
     from scfm.data.hashing import store_hashes
@@ -78,6 +82,8 @@ def evaluate(
     elif reference is None:
         divided = asked.splits_of(protocol, cells, split, held_out, seeds)
 
+    if curve and protocol.transductive:
+        raise ScfmError(f"--curve: {task} learns from no labels, so it has no learning curve")
     sections = read_yaml(Path(config)) if config else {}
     settings = setting.split(",") if setting else list(protocol.settings[:1])
     paths = [Path(one) for one in model.split(",")]
@@ -111,6 +117,9 @@ def evaluate(
         trained_on=trained_on,
         strict=strict,
     )
+    if curve:
+        rows = learning_curve(methods, adata, label, divided, cells_per_type=list(curve), cell_hashes=hashes)
+        comparison = replace(comparison, curve=rows)
     where = " and ".join(Path(file).stem for file in files)
     where = where if reference is None else f"{Path(reference).stem} to {where}"
     page = write_report(comparison, folder, title=f"{task.capitalize()} of {where}")

@@ -1,11 +1,11 @@
-"""Run every method on the same splits with the same seeds, the obligatory baselines and the controls always among them."""
+"""Run every method on the same splits with the same seeds, obligatory baselines and controls always among them."""
 
 from __future__ import annotations
 
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -122,6 +122,7 @@ class Comparison:
         descriptions: method name -> what it does.
         duplicates: per split, held-out cells whose exact profile is also among the training cells; None without hashes.
         data_sha256: hash of cells, genes, labels and values.
+        curve: rows as those of `rows()` with fewer training cells, each with `cells_per_type` and `training_cells`.
     """
 
     protocol: EvaluationProtocol
@@ -135,6 +136,7 @@ class Comparison:
     descriptions: dict[str, str]
     duplicates: list[Leakage] | None
     data_sha256: str
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def task(self) -> str:

@@ -70,8 +70,10 @@ class TrainedOn:
     donors: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, training_data: dict[str, Any], hashes: NDArray[np.uint64] | None, cells: NDArray[np.uint64]) -> TrainedOn:
-        """Read it off what a model directory says: `training_data.json`, of all stages of training, and `cells.hash`."""
+    def of(
+        cls, training_data: dict[str, Any], hashes: NDArray[np.uint64] | None, cells: NDArray[np.uint64]
+    ) -> TrainedOn:
+        """Read it off a model directory: `training_data.json`, of all stages of training, and `cells.hash`."""
         named: dict[str, set[str]] = {DATASET: set(), DONOR: set()}
         for manifest in _manifests(training_data):
             held = manifest.get("held_out") or {"by": None, "groups": []}
@@ -99,7 +101,9 @@ def leakage_of(trained_on: TrainedOn, cells: LabelledCells, test: NDArray[np.int
     """Count what held-out cells have in common with what a model was trained on; None where nothing is known of it."""
     if trained_on.hashes is None and not trained_on.datasets and not trained_on.donors:
         return None
-    counted = count_leakage(trained_on.cells[test], np.empty(0, np.uint64) if trained_on.hashes is None else trained_on.hashes)
+    counted = count_leakage(
+        trained_on.cells[test], np.empty(0, np.uint64) if trained_on.hashes is None else trained_on.hashes
+    )
     obs = cells.adata.obs.iloc[test]
     of_data = set(obs[DATASET].astype(str)) if DATASET in obs else set()
     # donors of different data sets are often named alike (D1, P2): where both sides name theirs, the sets must meet

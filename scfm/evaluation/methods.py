@@ -64,6 +64,11 @@ class FineTuned:
     def describe(self) -> str:
         return SETTINGS[self.setting]
 
+    @property
+    def parameters(self) -> int | None:
+        """How many numbers the tuned model has; None before it is fitted."""
+        return None if self.tuned is None else sum(one.numel() for one in self.tuned.network.parameters())
+
     def pretrained(self, adata: AnnData, seed: int) -> PretrainedModel:
         """Return the model to start from, for these training cells and this seed."""
         from scfm.pretrained import load

@@ -193,7 +193,12 @@ def _scores_of(comparison: Comparison, metrics: Sequence[str], caption: str) -> 
 def _difference_table(differences: Sequence[Difference]) -> str:
     if not differences:
         return ""
-    words = {"model": "model ahead", "baseline": "baseline ahead", "undecided": "not told apart"}
+    words = {
+        "model": "model ahead",
+        "baseline": "baseline ahead",
+        "undecided": "not told apart",
+        "uninformative": "uninformative",
+    }
     donors = next((one.donors for one in differences if one.donors), None)
 
     def over_donors(one: Difference) -> str:
@@ -216,7 +221,7 @@ def _difference_table(differences: Sequence[Difference]) -> str:
     return (
         f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Model</th><th class="text">Score</th>'
         '<th class="text">Best baseline</th><th>Difference</th><th>95% interval, cells</th>'
-        f'{"<th>95% interval, donors</th>" if donors else ""}<th>Seeds ahead</th>'
+        f"{'<th>95% interval, donors</th>' if donors else ''}<th>Seeds ahead</th>"
         f'<th class="text">Outcome</th></tr></thead><tbody>{lines}</tbody></table></div>'
     )
 
@@ -229,17 +234,19 @@ def _cost_table(comparison: Comparison) -> str:
         fit, predict = (sum(getattr(run, f"seconds_{step}") for run in runs) / len(runs) for step in ("fit", "predict"))
         # a transductive method embeds the cells while it is fitted
         each = (predict or fit) / n_cells * 10_000
-        shown = (_number(fit), _number(predict), _number(each), _most(runs, "peak_mib"), _most(runs, "parameters"))
+        predicting = "–" if comparison.protocol.transductive else _number(predict)
+        shown = (_number(fit), predicting, _number(each), _most(runs, "peak_mib"), _most(runs, "parameters"))
         return "".join(f"<td>{value}</td>" for value in shown)
 
     caption = (
-        "<b>Table 3. Cost.</b> Means over seeds; the peak is of the whole process, with data and libraries; the largest "
-        "of all seeds."
+        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
+        "and libraries included."
     )
     heads = ("Fit, s", "Predict, s", "Seconds per 10,000 cells", "Peak, MiB", "Parameters")
+    head = "".join(f"<th>{name}</th>" for name in heads)
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>'
-        f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead>{_groups(comparison, len(heads), cells)}</table></div>"
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr></thead>'
+        f"{_groups(comparison, len(heads), cells)}</table></div>"
     )
 
 

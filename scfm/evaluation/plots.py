@@ -35,6 +35,8 @@ LINE_OF_SIDE: dict[str, dict[str, Any]] = {
 # Paul Tol's muted scheme: nine hues that stay apart for all common kinds of colour blindness
 HUES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
 MARKERS = "os^DvP"
+WARM = ("#c2410c", "#f59e0b", "#be185d", "#7c2d12", "#eab308")
+BLUES = ("#0f4c75", "#2a6f97", "#468faf", "#61a5c2", "#89c2d9", "#a8b3c1")
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8.5,
@@ -84,11 +86,10 @@ def new_figure(
 
 def _colours(comparison: Comparison) -> dict[str, str]:
     """Return a colour per method: models in warm tones, the best baseline darkest among blues, controls in grey."""
-    warm, cool = ("#c2410c", "#f59e0b", "#be185d", "#7c2d12", "#eab308"), ("#0f4c75", "#3d7ea6", "#5b8db8", "#a8b3c1")
     main = comparison.protocol.main
     ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, main).mean)
-    colours = {name: warm[k % len(warm)] for k, name in enumerate(comparison.names("model"))}
-    colours |= {name: cool[min(k, len(cool) - 1)] for k, name in enumerate(ranked)}
+    colours = {name: WARM[k % len(WARM)] for k, name in enumerate(comparison.names("model"))}
+    colours |= {name: BLUES[min(k, len(BLUES) - 1)] for k, name in enumerate(ranked)}
     return colours | dict.fromkeys(comparison.names("negative control", "positive control"), FAINT)
 
 
@@ -196,7 +197,8 @@ def umap_rows(embeddings: Mapping[str, NDArray], colourings: Mapping[str, NDArra
         for row, (what, names) in zip(rows, colourings.items(), strict=True):
             kinds, counts = np.unique(names, return_counts=True)
             kinds = kinds[np.argsort(-counts)] if what == next(iter(colourings)) else kinds
-            hue = {kind: HUES[k % len(HUES)] for k, kind in enumerate(kinds)}
+            hues = HUES if row is rows[0] else HUES[::-1]  # a batch is not taken for a type
+            hue = {kind: hues[k % len(hues)] for k, kind in enumerate(kinds)}
             colours = [hue[name] for name in names[order]]
             for panel, (title, place) in zip(
                 row.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True
@@ -207,7 +209,9 @@ def umap_rows(embeddings: Mapping[str, NDArray], colourings: Mapping[str, NDArra
                 panel.spines[["left", "bottom"]].set_visible(False)
                 panel.set_box_aspect(0.95)
             handles = [Line2D([], [], color=hue[kind], marker="o", ls="", ms=5, label=kind) for kind in kinds]
-            row.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.4, title=f"by {what}")
+            columns = len(kinds) if sum(map(len, kinds)) + 6 * len(kinds) < 110 else 3
+            place_of = {"loc": "outside lower center", "ncols": columns, "columnspacing": 1.4}
+            row.legend(handles=handles, title=f"by {what}", **place_of)
     return drawn.getvalue()
 
 
@@ -222,9 +226,9 @@ def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
                 axis.text(1.012, (level - 0.4) / 0.6, f"{level:.1f}", color=FAINT, fontsize=7, va="center")
         placed: list[tuple[float, float]] = []
         for name in comparison.ranked(*KINDS):
-            at = tuple(comparison.summary(name, metric).mean for metric in (x, y))
+            at = comparison.summary(name, x).mean, comparison.summary(name, y).mean
             kind = comparison.kinds[name]
-            axis.scatter(*at, s=44, color=colours[name], marker=markers[kind], zorder=3)
+            axis.scatter([at[0]], [at[1]], s=44, color=colours[name], marker=markers[kind], zorder=3)
             # names of neighbouring points stand above one another
             below = sum(abs(at[0] - px) < 0.2 and abs(at[1] - py) < 0.045 for px, py in placed)
             placed.append((at[0], at[1]))
@@ -244,6 +248,35 @@ def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
     return drawn.getvalue()
 
 
+def learning_curve(comparison: Comparison, metrics: Sequence[str]) -> bytes:
+    """Draw scores by the number of training cells, a panel for each metric: mean over seeds, bars the deviation."""
+    colours = _colours(comparison)
+    names = comparison.ranked("model", "baseline")
+    cells = {split.seed: len(split.train) for split in comparison.splits}
+    rows = [*comparison.curve, *(row | {"training_cells": cells[row["seed"]]} for row in comparison.rows())]
+    with new_figure(7.2, 3.6, len(metrics), sharey=True) as (figure, axes, drawn):
+        for axis, metric in zip(axes, metrics, strict=True):
+            for name in names:
+                found: dict[Any, list[tuple[int, float]]] = {}
+                for row in rows:
+                    if (row["method"], row["metric"]) == (name, metric):
+                        found.setdefault(row.get("cells_per_type"), []).append((row["training_cells"], row["value"]))
+                points = sorted((*np.mean(of, axis=0), np.std(of, axis=0)[1]) for of in found.values())
+                x, y, spread = np.array(points).T
+                model = comparison.kinds[name] == "model"
+                style: dict[str, Any] = {"color": colours[name], "lw": 1.8 if model else 1.1}
+                marker = "D" if model else "o"
+                axis.errorbar(x, y, spread, marker=marker, ms=4, elinewidth=0.8, label=name, **style)
+            axis.set_xscale("log")
+            axis.set_title(METRICS[metric].title)
+            axis.set_xlabel("training cells")
+            axis.set_ylim(0, 1.02)
+            axis.grid(axis="y")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.6)
+    return drawn.getvalue()
+
+
 def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
     """Draw confusion matrices side by side, summed over splits: shade by share of the true type, numbers are cells."""
     tables = [np.sum([run.scores.confusion for run in comparison.runs_of(name)], axis=0) for name in methods]
@@ -255,7 +288,8 @@ def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
     n = len(order)
     listed = [*order, *range(n, len(columns))]
     columns = [columns[k] for k in listed]
-    with new_figure(7.2, 1.6 + 0.22 * n, len(methods), sharey=True) as (_, axes, drawn):
+    longest = max(map(len, columns))
+    with new_figure(7.2, 0.9 + 0.22 * n + 0.06 * longest, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name, table in zip(axes, methods, tables, strict=True):
             table = table[np.ix_(order, listed)]
             totals = table.sum(1, keepdims=True)
@@ -284,10 +318,10 @@ def per_class_f1(comparison: Comparison) -> bytes:
     colours = _colours(comparison)
     order = np.argsort(comparison.support, kind="stable")
     names = comparison.ranked("model", "baseline")
-    with new_figure(7.2, 1.1 + 0.36 * len(order)) as (figure, (axis,), drawn):
+    with new_figure(7.2, 1.1 + max(0.36, 0.09 * len(names)) * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
             scores = np.array([run.scores.f1 for run in comparison.runs_of(name)])[:, order]  # (seeds, L)
-            y = np.arange(len(order)) + 0.62 * (0.5 - (k + 0.5) / len(names))
+            y = np.arange(len(order)) + 0.8 * (0.5 - (k + 0.5) / len(names))
             style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
             axis.hlines(y, scores.min(0), scores.max(0), lw=1.6, alpha=0.45, **style)
             marker = "D" if comparison.kinds[name] == "model" else "o"

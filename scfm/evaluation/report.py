@@ -120,6 +120,7 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
         "protocols": {name: METRICS[name].protocol for name in (*protocol.metrics, *protocol.further)},
         "uninformative": silent,
         "rows": rows,
+        "learning_curve": comparison.curve,
         "differences": [
             {
                 "model": one.model,

@@ -65,6 +65,47 @@ def stratified_split(labels: NDArray, test_fraction: float = 0.2, seed: int = 0)
     return Split(train, test, seed, f"random cells, {test_fraction:.0%} of every type held out")
 
 
+def grouped_split(
+    groups: NDArray,
+    test_groups: Sequence[str] | None = None,
+    *,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    unit: str = "donor",
+) -> Split:
+    """Hold out whole donors, batches, studies or species, so that no group stands on both sides.
+
+    Args:
+        groups: (N,) group of each cell.
+        test_groups: the groups to hold out; without it groups are drawn until they hold `test_fraction` of the cells.
+        unit: what a group is, for the protocol.
+
+    Raises ScfmError for a group that is not there, fewer than two groups, or a fraction outside (0, 1).
+    """
+    groups = np.asarray(groups, dtype=str)
+    names, sizes = np.unique(groups, return_counts=True)
+    if len(names) < 2:
+        raise ScfmError(f"a split by {unit} needs two of them; all cells are of {names.tolist()}")
+    if test_groups is not None:
+        held_out = sorted({str(name) for name in test_groups})
+        if missing := sorted(set(held_out) - set(names)):
+            raise ScfmError(f"no cell of {unit} {', '.join(missing)}; there is {', '.join(names)}")
+        how = f"{unit} {', '.join(held_out)} held out whole"
+    else:
+        if not 0 < test_fraction < 1:
+            raise ScfmError(f"test_fraction: {test_fraction} must lie between 0 and 1")
+        order = np.random.default_rng(seed).permutation(len(names))
+        filled = np.cumsum(sizes[order])
+        # as many groups as come nearest to the fraction, one at least on either side
+        n_test = int(np.abs(filled[:-1] - test_fraction * len(groups)).argmin()) + 1
+        held_out = sorted(names[order[:n_test]].tolist())
+        how = f"whole {unit}s drawn, about {test_fraction:.0%} of cells held out: {', '.join(held_out)}"
+    is_test = np.isin(groups, held_out)
+    return Split(
+        np.flatnonzero(~is_test).astype(np.int64), np.flatnonzero(is_test).astype(np.int64), seed, f"by {unit}: {how}"
+    )
+
+
 def save_splits(path: Path, splits: Sequence[Split], cell_names: Sequence[str]) -> None:
     """Freeze splits as JSON: protocol, seed, hash, and the names of the held-out and the training cells."""
     names = np.asarray(cell_names, dtype=str)

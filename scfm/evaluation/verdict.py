@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,7 @@ class Difference:
     Attributes:
         interval: over cells.
         donors: over donors, and cells within them; None where there are not two donors.
+        silent: whether the metric says nothing on these data, so that nobody wins.
     """
 
     model: str
@@ -36,10 +37,13 @@ class Difference:
     seeds_ahead: int
     seeds: int
     donors: Interval | None = None
+    silent: bool = False
 
     @property
     def outcome(self) -> str:
-        """`model`, `baseline`, or `undecided` where an interval includes zero: that over donors, where there is one."""
+        """`model`, `baseline`, `undecided` where an interval includes zero, `uninformative` where the metric is."""
+        if self.silent:
+            return "uninformative"
         intervals = [one for one in (self.interval, self.donors) if one is not None]
         if all(one.low > 0 for one in intervals):
             return "model"
@@ -49,6 +53,10 @@ class Difference:
         behind_first = self.interval.difference < 0
         ahead, behind = (self.baseline, self.model) if behind_first else (self.model, self.baseline)
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
+        if self.silent:
+            return (
+                f"{title} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
+            )
         if self.outcome != "undecided":
             spans = self._spans(behind_first, lambda value: f"{value:.3f}")
             return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} ({spans})."
@@ -118,12 +126,13 @@ def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Di
 
 def differences(comparison: Comparison) -> list[Difference]:
     """Return every model that failed on no split against the best baseline, on every headline metric."""
+    silent = uninformative(comparison)
     found = [
         against_best_baseline(comparison, model, metric)
         for model in comparison.ranked("model")
         for metric in comparison.protocol.headline
     ]
-    return [one for one in found if one is not None]
+    return [replace(one, silent=one.metric in silent) for one in found if one is not None]
 
 
 def uninformative(comparison: Comparison) -> dict[str, str]:
@@ -206,4 +215,3 @@ def caveats(comparison: Comparison) -> list[str]:
         elif n < FEW_DONORS:
             said.append(f"Only {n} donors: an interval over so few is a rough one, and rather too narrow.")
     return said + comparison.protocol.caveats(comparison)
-

@@ -15,7 +15,7 @@ from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.evaluation.splits import stratified_split
 from scfm.objectives import build_objectives
-from scfm.recipe import Recipe, TaskConfig
+from scfm.recipe import ModelConfig, Recipe, TaskConfig
 from scfm.tasks.finetuning import all_hashes, before, expect_same_values, on_anndata, on_shards, paced_recipe, start
 from scfm.tasks.frozen import fit_frozen, frozen_head
 from scfm.tasks.novel_types import set_threshold
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from scfm.pretrained import PretrainedModel
 
-# the recipe that a model is fine-tuned by where none is given; every other model by annotation.yaml
-RECIPES = {"scbert": "finetune/scbert-annotation.yaml"}
+SMALL = 128  # models no wider than that want ten times the rate of large ones
 # what a model's own card calls the run that made it
 STAGES = {
     "full": "fine-tuning",
@@ -52,11 +51,17 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
     Args:
         model: where to start, loaded from a model directory.
         adata: labelled cells.
-        keys: recipe keys over those of `recipes/finetune/annotation.yaml` (`scbert-annotation.yaml` for scBERT);
-            without `out` the run is temporary.
+        keys: recipe keys over those of `default_recipe`; without `out` the run is temporary.
     """
-    default = RECIPES.get(model.files.model.name, "finetune/annotation.yaml")
+    default = default_recipe(model.files.model)
     return on_anndata(model, adata, keys, default, run_on, lambda recipe: [(recipe.task or TaskConfig()).label])
+
+
+def default_recipe(model: ModelConfig) -> str:
+    """Return the bundled recipe that a model is fine-tuned by where none is given."""
+    if model.name == "scbert":
+        return "finetune/scbert-annotation.yaml"
+    return f"finetune/annotation{'-quickstart' if model.width <= SMALL else ''}.yaml"
 
 
 def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str, Any], resume: str | None) -> Path:

@@ -166,7 +166,7 @@ def paced_recipe(recipe: Recipe, task: TaskConfig, n_cells: int) -> tuple[Recipe
     """Return the recipe with rate, batch and epochs that fit setting and cells, and what the log says of it."""
     notes = []
     if task.setting == "lora":
-        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=task.lora.lr))
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr * task.lora.lr_factor))
     if n_cells < recipe.data.cells_per_batch:
         notes.append(f"{n_cells} cells in a step: there are no {recipe.data.cells_per_batch} to learn from")
         recipe = replace(recipe, data=replace(recipe.data, cells_per_batch=n_cells))

@@ -72,6 +72,7 @@ def quieten() -> None:
         "The dirpath has changed from",  # a run directory that was moved
         "Starting from v1.9.0, `tensorboardX` has been removed",
         "The number of training batches .* is smaller than the logging interval",  # lines count steps, not epochs
+        "Total length of `list` across ranks is zero",  # no cells are held out for validation
         "You're resuming from a checkpoint that ended before the epoch ended",  # resume is exact, see CellDataModule
     ):
         warnings.filterwarnings("ignore", message=meant)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cells import GENES, made_up_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm.data.hashing import load_hashes, overlap, profile_hashes, save_hashes
+from scfm.data.hashing import load_hashes, overlap, profile_hashes, row_hashes, save_hashes, store_hashes, without
+from scfm.data.sources import store_from_anndata
 from scfm.data.vocabulary import Gene, Vocabulary
 from scfm.errors import ScfmError
 
@@ -76,6 +78,20 @@ def test_overlap_finds_the_cells_that_are_known() -> None:
     known = np.array([3, 5, 9], np.uint64)
     assert overlap(known, np.array([9, 4, 3, 10], np.uint64)).tolist() == [True, False, True, False]
     assert overlap(known[:0], known).tolist() == [False, False, False]
+
+
+def test_some_rows_hash_as_they_do_among_all() -> None:
+    store = store_from_anndata(made_up_cells(40), Vocabulary.from_genes(Gene.of(None, name) for name in GENES))
+    rows = np.array([7, 3, 39])
+    np.testing.assert_array_equal(row_hashes(store, rows), store_hashes(store)[rows])
+    assert len(row_hashes(store, rows[:0])) == 0
+
+
+def test_taking_cells_away_takes_one_of_each() -> None:
+    known = np.array([3, 5, 5, 5, 9], np.uint64)
+    assert without(known, np.array([5, 9, 5, 4], np.uint64)).tolist() == [3, 5]
+    assert without(known, known[:0]).tolist() == known.tolist()
+    assert without(known[:1], np.array([3, 3], np.uint64)).tolist() == []
 
 
 def test_a_cut_off_or_missing_file_is_named(tmp_path: Path) -> None:

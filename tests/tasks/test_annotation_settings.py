@@ -19,9 +19,9 @@ from scfm.checkpoints.native import read_model, read_weights
 from scfm.errors import ScfmError
 from scfm.model.neighbours import TEMPERATURE, NeighbourDecoder
 from scfm.model.novelty import UNASSIGNED, novelty
-from scfm.recipe import Recipe, check
+from scfm.recipe import ModelConfig, Recipe, check
 from scfm.recipe_reader import bundled, read_recipe
-from scfm.tasks.annotation import few_per_type, paced_recipe
+from scfm.tasks.annotation import default_recipe, few_per_type, paced_recipe
 from scfm.tasks.frozen import fit_probe
 from scfm.tasks.novel_types import novel_as_unassigned
 from scfm.training.callbacks import read_metrics
@@ -29,7 +29,7 @@ from scfm.training.run import pretrain
 
 SETTINGS = ["zero_shot", "probe", "full", "scratch", "lora"]
 QUICK: dict[str, Any] = {"data": {"cells_per_batch": 16}, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
-LORA = {"rank": 4, "lr": 1e-2}
+LORA = {"rank": 4}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,19 @@ def test_few_labels_are_nested_and_count_the_validation_cells(scgpt: scfm.Pretra
     one = annotate(scgpt, tmp_path / "one", made_up_cells(60, seed=1), cells_per_type=1, setting="zero_shot")
     head = one.files.heads[0]
     assert (head.kind, head.references) == ("neighbours", 3)
+
+
+def test_the_rate_fits_the_width_and_the_setting() -> None:
+    """Measured on real cells: width 64 learns best at ten times the rate of width 512, LoRA at ten times that."""
+    rates = {}
+    for width in (64, 512):
+        path = bundled(default_recipe(ModelConfig(width=width)))
+        for setting in ("full", "lora"):
+            recipe = read_recipe(path, {"task": {"setting": setting}})
+            assert recipe.task is not None
+            rates[width, setting] = paced_recipe(recipe, recipe.task, 1000)[0].optimizer.lr
+    assert rates == pytest.approx({(64, "full"): 1e-3, (64, "lora"): 1e-2, (512, "full"): 1e-4, (512, "lora"): 1e-3})
+    assert default_recipe(ModelConfig(name="scbert", width=200)) == "finetune/scbert-annotation.yaml"
 
 
 def test_few_cells_are_passed_over_more_often() -> None:

@@ -18,15 +18,19 @@ from scfm.evaluation.metrics.classification import (
     relative_error,
     reliability,
 )
+from scfm.evaluation.metrics.embedding import EMBEDDING, S_BATCH, S_BIO, embedding_scores
 from scfm.evaluation.metrics.metric import Metric
 
-METRICS: dict[str, Metric] = {**CLASSIFICATION}
+METRICS: dict[str, Metric] = {**CLASSIFICATION, **EMBEDDING}
 
 __all__ = [
     "CALIBRATION_BINS",
     "CLASSIFICATION",
+    "EMBEDDING",
     "FROM_CONFUSION",
     "METRICS",
+    "S_BATCH",
+    "S_BIO",
     "ClassificationScores",
     "Metric",
     "Reliability",
@@ -34,6 +38,7 @@ __all__ = [
     "auroc",
     "classification_scores",
     "confusion_codes",
+    "embedding_scores",
     "f1",
     "precision",
     "recall",

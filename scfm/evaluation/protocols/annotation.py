@@ -77,7 +77,10 @@ class Annotation(EvaluationProtocol):
     def controls(self, cells: LabelledCells) -> Sequence[tuple[Method, Kind]]:
         known = dict(zip(cells.adata.obs_names, cells.truth.tolist(), strict=True))
         return [
-            (NearestIn("noise embedding", "independent random numbers in place of an embedding", noise), "negative control"),
+            (
+                NearestIn("noise embedding", "independent random numbers in place of an embedding", noise),
+                "negative control",
+            ),
             (ShuffledLabels(), "negative control"),
             (SplitHalf(known), "positive control"),
             (Oracle(known), "positive control"),
@@ -142,9 +145,9 @@ class Annotation(EvaluationProtocol):
                 Figure(
                     plots.umap_pair(panels, comparison.truth[[*split.train, *split.test]], len(split.train)),
                     "Cell embeddings",
-                    f"UMAP of the first split: training cells pale, {len(split.test):,} held-out cells on top. Below each "
-                    "panel, measured in the embedding and not in the picture: the mean share of a held-out cell's 10 "
-                    "nearest training cells that have its type. PCA never saw a label; a fine-tuned embedding did.",
+                    f"UMAP of the first split: training cells pale, {len(split.test):,} held-out cells on top. Below "
+                    "each panel, measured in the embedding and not in the picture: the mean share of a held-out cell's "
+                    "10 nearest training cells that have its type. PCA never saw a label; a fine-tuned embedding did.",
                 )
             )
         return [
@@ -165,7 +168,17 @@ class Annotation(EvaluationProtocol):
                 f"Held-out cells of {over}, binned by the probability of the predicted label; dots grow with the cells "
                 "in the bin; on the dashed line a method is as often right as it says.",
             ),
+            *([self.learning_curve(comparison)] if comparison.curve else []),
         ]
+
+    def learning_curve(self, comparison: Comparison) -> Figure:
+        """Draw how scores rise with the number of labelled cells."""
+        return Figure(
+            plots.learning_curve(comparison, self.headline),
+            "Learning curve",
+            "Training cells of each type cut to a few, the same held-out cells throughout; mean over seeds, bars span "
+            "the standard deviation; on the right all training cells.",
+        )
 
     def caveats(self, comparison: Comparison) -> list[str]:
         said = []
@@ -177,7 +190,9 @@ class Annotation(EvaluationProtocol):
         for name in comparison.names("model", "baseline"):
             outside = sum(int(run.scores.confusion[:, -1].sum()) for run in comparison.runs_of(name))
             if outside:
-                    said.append(f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors.")
+                said.append(
+                    f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors."
+                )
         return said
 
 

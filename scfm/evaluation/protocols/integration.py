@@ -19,7 +19,7 @@ from scfm.evaluation import plots
 from scfm.evaluation.asked import counts_of
 from scfm.evaluation.controls import NoiseEmbedding, ShuffledCells, TrueLabels, Untrained
 from scfm.evaluation.embedding_resampling import EmbeddingParts
-from scfm.evaluation.metrics import embedding_scores
+from scfm.evaluation.metrics import EMBEDDING, S_BATCH, S_BIO, embedding_scores
 from scfm.evaluation.page import Figure
 from scfm.evaluation.protocol import (
     EvaluationProtocol,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison, Run
 
 SHOWN = 4  # embeddings beside each other
+MAIN = ("s_bio", "s_batch", "s_final", *S_BIO, *S_BATCH)
 
 
 class Embedder(Method, Protocol):
@@ -61,27 +62,9 @@ class Integration(EvaluationProtocol):
     question = "whether an embedding of cells of several batches keeps types apart and mixes batches"
     transductive = True
     needs_batch = True
-    metrics = (
-        "s_bio",
-        "s_batch",
-        "s_final",
-        "nmi_leiden",
-        "ari_leiden",
-        "asw_label",
-        "asw_batch",
-        "pcr_comparison",
-        "graph_connectivity",
-    )
-    further: ClassVar[tuple[str, ...]] = (
-        "nmi_kmeans",
-        "ari_kmeans",
-        "clisi",
-        "isolated_label_asw",
-        "isolated_label_f1",
-        "ilisi",
-        "bras",
-        "batch_entropy",
-        *(("kbet",) if find_spec("scib_metrics") else ()),
+    metrics = MAIN
+    further: ClassVar[tuple[str, ...]] = tuple(
+        name for name in EMBEDDING if name not in MAIN and (name != "kbet" or find_spec("scib_metrics"))
     )
     headline = ("s_bio", "s_batch")
     terminal = ("s_bio", "s_batch", "s_final")
@@ -147,9 +130,7 @@ class Integration(EvaluationProtocol):
         if known is None:  # the outcome is kept with its parts, so that no other can come to have its id
             cells, embedding = comparison.cells, run.outcome.embedding
             assert cells.batches is not None
-            known = run.outcome, EmbeddingParts.of(
-                embedding, cells.truth, cells.batches, self.before(cells), run.seed
-            )
+            known = run.outcome, EmbeddingParts.of(embedding, cells.truth, cells.batches, self.before(cells), run.seed)
             self._parts[id(run.outcome)] = known
         parts = known[1]
         return lambda weights: parts.scores(weights)[metric]
@@ -180,18 +161,17 @@ class Integration(EvaluationProtocol):
         assert batches is not None
         alone = [name for name in comparison.labels if len(set(batches[comparison.truth == name])) == 1]
         said = [
-            "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every method "
-            "alike; the k-means scores are not."
+            "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every "
+            "method alike; the k-means scores are not."
         ]
         if alone:
-            said.append(
-                f"Found in one batch only, so that mixing says nothing of them and any mixing is wrong: {', '.join(alone)}."
-            )
+            said.append(f"Found in one batch only, so that mixing says nothing of them: {', '.join(alone)}.")
         return said
 
 
 def unlabelled(cells: LabelledCells) -> anndata.AnnData:
     """Return the cells as embedders get them: counts in X, of obs only the batch."""
     counts = counts_of(cells.adata)
+    assert cells.batches is not None
     obs = pd.DataFrame({cells.batch: pd.Categorical(cells.batches)}, index=counts.obs_names)
     return anndata.AnnData(counts.X.copy(), obs=obs, var=counts.var.copy())
