@@ -171,7 +171,7 @@ def paced_recipe(recipe: Recipe, task: TaskConfig, n_cells: int) -> tuple[Recipe
         notes.append(f"{n_cells} cells in a step: there are no {recipe.data.cells_per_batch} to learn from")
         recipe = replace(recipe, data=replace(recipe.data, cells_per_batch=n_cells))
     trainer, epoch = recipe.trainer, max(1, n_cells // recipe.data.cells_per_batch)
-    if trainer.max_epochs is not None and epoch * trainer.max_epochs < task.min_steps:
+    if trainer.max_epochs is not None and 0 < epoch * trainer.max_epochs < task.min_steps:
         longer = math.ceil(task.min_steps / (epoch * trainer.max_epochs))
         epochs, every = trainer.max_epochs * longer, (trainer.check_val_every_n_epoch or 1) * longer
         recipe = replace(recipe, trainer=replace(trainer, max_epochs=epochs, check_val_every_n_epoch=every))
