@@ -292,7 +292,7 @@ class PretrainedModel:
         tokens = replace(self.files.tokens, mask_ratios=(0.0,))
         keys = store_hashes(store)
         loader = PackLoader(
-            store,
+            self.files.reading(store),
             CellOrder(range(store.n_cells) if rows is None else rows, cells_per_batch, tokens.seed, shuffle=False),
             replace(self.files, value_kind=store.value_kind).tokeniser(tokens),
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),

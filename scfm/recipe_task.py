@@ -30,9 +30,12 @@ class TaskConfig:
     Args:
         name: Registered task, e.g. annotation.
         label: obs column that the task predicts.
+        batch: For integration, obs column of the batches that are to be mixed.
+        genes: For integration, read only so many genes, those that vary most within batches; null reads all.
         setting: What of the model learns: `full`, all weights that `trainable` names, from the pretrained ones;
-            `scratch`, the same from random ones; `lora`, low-rank updates and the head; `probe`, a linear classifier on
-            the frozen cell embedding (logistic regression); `zero_shot`, nothing: the nearest labelled cells vote.
+            `scratch`, the same from random ones; for annotation also `lora`, low-rank updates and the head; `probe`, a
+            linear classifier on the frozen cell embedding (logistic regression); `zero_shot`, nothing: the nearest
+            labelled cells vote.
         lora: What only the setting lora reads.
         neighbours: For zero_shot, how many cells vote.
         class_weights: `balanced` weights classes by their inverse frequency; `none` counts every cell alike.
@@ -48,6 +51,8 @@ class TaskConfig:
 
     name: str = "annotation"
     label: str = "cell_type"
+    batch: str = "batch"
+    genes: int | None = None
     setting: Literal["full", "scratch", "lora", "probe", "zero_shot"] = "full"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     neighbours: int = 10
@@ -68,6 +73,7 @@ def wrong_task(task: TaskConfig, trainable: list[str], valid_fraction: float) ->
         (task.lora.alpha > 0, f"task.lora.alpha: {task.lora.alpha} must be positive"),
         (bool(task.lora.layers), "task.lora.layers: is empty; [backbone.blocks.*] adapts all blocks"),
         (task.lora.lr_factor > 0, f"task.lora.lr_factor: {task.lora.lr_factor} must be positive"),
+        (task.genes is None or task.genes >= 1, f"task.genes: {task.genes} is none"),
         (task.neighbours >= 1, f"task.neighbours: {task.neighbours} must be at least 1"),
         (
             task.cells_per_type is None or task.cells_per_type >= 1,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scfm.data.hashing import load_hashes, save_hashes
-from scfm.data.store import ValueKind
+from scfm.data.store import CellStore, ValueKind, only_genes
 from scfm.data.tokens import TokenConfig, Tokeniser
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
@@ -46,6 +46,7 @@ class ModelFiles:
         cell_conditions: obs column -> category names behind its indices.
         gene_conditions: condition -> category names behind its indices.
         gene_tables: condition -> index of every vocabulary entry.
+        genes_read: ids of the genes that it reads, if not all of the vocabulary (the highly variable ones ...).
         training_data: manifest entries of what it was trained on.
         cell_hashes: (n,) sorted profile hashes of the cells it was trained on, or None where that is not known.
         card: text of README.md.
@@ -59,6 +60,7 @@ class ModelFiles:
     cell_conditions: dict[str, list[str]] = field(default_factory=dict)
     gene_conditions: dict[str, list[str]] = field(default_factory=dict)
     gene_tables: dict[str, list[int]] = field(default_factory=dict)
+    genes_read: list[str] | None = None
     training_data: dict[str, Any] = field(default_factory=dict)
     cell_hashes: NDArray[np.uint64] | None = None
     card: str = ""
@@ -66,7 +68,20 @@ class ModelFiles:
     def tokeniser(self, tokens: TokenConfig | None = None) -> Tokeniser:
         """Return what turns cells into this model's tokens; `tokens` in place of its own where given."""
         tables = {name: np.asarray(table, np.int64) for name, table in self.gene_tables.items()}
-        return Tokeniser(tokens or self.tokens, self.vocabulary, self.value_kind, tables)
+        return Tokeniser(tokens or self.tokens, self.vocabulary, self.value_kind, tables, self.entries_read)
+
+    @property
+    def entries_read(self) -> NDArray[np.int64] | None:
+        """Vocabulary ids (n,) of the genes that it reads, ascending; None for all."""
+        if self.genes_read is None:
+            return None
+        read = set(self.genes_read)
+        return np.array([entry for entry, gene in enumerate(self.vocabulary.entries) if gene.id in read], np.int64)
+
+    def reading(self, store: CellStore) -> CellStore:
+        """Return the cells with the genes that the model reads and no others: what its tokeniser takes."""
+        entries = self.entries_read
+        return store if entries is None else only_genes(store, entries)
 
     def build(self) -> nn.Module:
         """Return a network of this form with fresh weights."""
@@ -129,6 +144,7 @@ def as_plain(files: ModelFiles) -> dict[str, Any]:
         "value_kind": files.value_kind,
         "vocabulary_hash": files.vocabulary.hash,
         "heads": [asdict(head) for head in files.heads],
+        "genes_read": files.genes_read,
     }
     conditions = {"cell": files.cell_conditions, "gene": files.gene_conditions, "gene_tables": files.gene_tables}
     return {"config": config, "conditions": conditions, "training_data": files.training_data}
@@ -149,6 +165,7 @@ def from_plain(plain: dict[str, Any], vocabulary: Vocabulary, source: str) -> Mo
         cell_conditions=conditions["cell"],
         gene_conditions=conditions["gene"],
         gene_tables=conditions["gene_tables"],
+        genes_read=config.get("genes_read"),  # models of before it was written read all
         training_data=plain["training_data"],
     )
 

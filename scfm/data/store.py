@@ -6,7 +6,7 @@ Shards on disk and an AnnData in memory both become a `CellStore`; everything do
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -229,3 +229,18 @@ class CellStore:
         ends = np.flatnonzero(np.diff(block_of[order])) + 1
         for cells in np.split(order, ends) if len(rows) else []:
             yield int(block_of[cells[0]]), cells, places[cells]
+
+
+def only_genes(store: CellStore, entries: NDArray[np.int64]) -> CellStore:
+    """Return the cells of a store with nothing but some genes, (n,) vocabulary ids; in memory.
+
+    The vocabulary and the number of each gene stay; a cell that expresses none of them is an empty one.
+    """
+    kept = np.zeros(store.vocabulary.n_genes, bool)
+    kept[entries] = True
+    blocks = []
+    for part in store.in_turn():
+        inside = kept[part.genes]
+        before = np.concatenate([[0], np.cumsum(inside)])  # kept values before each one
+        blocks.append(CellBlock(before[part.offsets], part.genes[inside], part.values[inside]))
+    return replace(store, blocks=blocks, files=())

@@ -34,6 +34,9 @@ from scfm.errors import ScfmError
 Specials = tuple[int, float, float]  # id of <cls>, its value, the value that hides
 Plans = tuple[NDArray, NDArray, NDArray]  # per cell: first token, tokens, unknown genes
 Streams = tuple[NDArray, NDArray, NDArray]  # per cell: draws of the genes, of those hidden, of those shown all the same
+Every = tuple[
+    NDArray, NDArray
+]  # the genes that all cells have, if so, and the place of each vocabulary gene among them
 Hiding = tuple[bool, int]  # whether only expressed genes are hidden; of 2**32 hidden ones, how many show their value
 FEW_BINS = 512
 
@@ -81,6 +84,8 @@ class Tokeniser:
         vocabulary: what the gene ids mean.
         value_kind: raw counts, or normalised values; log2 takes these as log2(1 + expression per 10,000) already.
         gene_conditions: name -> (len(vocabulary),) condition index of every gene and special token.
+        read: (n,) ascending ids of the genes that `genes: all` means; those of the vocabulary where not given. The
+            cells must hold no others (`scfm.data.store.only_genes`): bins are of a cell's values that are read.
 
     Attributes:
         longest: most tokens that a cell can have.
@@ -93,6 +98,7 @@ class Tokeniser:
         vocabulary: Vocabulary,
         value_kind: ValueKind,
         gene_conditions: Mapping[str, NDArray[np.int64]] | None = None,
+        read: NDArray[np.int64] | None = None,
     ) -> None:
         self.config = config
         self.vocabulary = vocabulary
@@ -103,8 +109,11 @@ class Tokeniser:
                 raise ScfmError(f"gene condition {name}: {len(table)} entries for a vocabulary of {len(vocabulary)}")
         self._quantiles = np.linspace(0, 1, config.n_bins - 1)
         self._ratios = np.asarray(config.mask_ratios, np.float64)
-        self._every_gene = np.arange(vocabulary.n_genes if config.genes == "all" else 0)
-        self.longest = min(config.max_genes, vocabulary.n_genes) + 1
+        read = np.arange(vocabulary.n_genes) if read is None else read
+        self._place = np.full(vocabulary.n_genes, -1)  # of each gene among those that are read
+        self._place[read] = np.arange(len(read))
+        self._every_gene = read if config.genes == "all" else read[:0]
+        self.longest = min(config.max_genes, len(read)) + 1
         self.levels: NDArray[np.float32] | None = None
         if config.bins is not None and config.bins <= FEW_BINS:
             seen = [*range(config.n_bins), config.cls_value, config.mask_value]
@@ -115,7 +124,7 @@ class Tokeniser:
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the tokens of each cell, `<cls>` included, and how many of its genes are unknown, (n,) int32 each."""
         if self.config.genes == "all":
-            available = np.full(len(rows), self.vocabulary.n_genes, np.int32)
+            available = np.full(len(rows), len(self._every_gene), np.int32)
         else:
             available = store.n_genes(rows)
         kept = np.minimum(available, np.int32(self.config.max_genes))
@@ -136,7 +145,8 @@ class Tokeniser:
             else:  # stored values are not 0, and their quantile bins are none either
                 starts, read = block.offsets[places].astype(np.int64), block.values
             at = (block.offsets, block.genes, places)
-            counts[cells] = _count_expressed(*at, starts, read, self._every_gene, kept[cells], choice_streams[cells])
+            every = (self._every_gene, self._place)
+            counts[cells] = _count_expressed(*at, starts, read, every, kept[cells], choice_streams[cells])
         return counts
 
     def fill(
@@ -175,7 +185,8 @@ class Tokeniser:
             of_cells = (draws[0][cells], draws[1][cells], draws[2][cells])
             at = (block.offsets, block.genes, places)
             out = (genes, values, targets)
-            _write(*at, read_starts, read, self._every_gene, plans, of_cells, specials, hiding, *out)
+            every = (self._every_gene, self._place)
+            _write(*at, read_starts, read, every, plans, of_cells, specials, hiding, *out)
 
     def _read(
         self, block: CellBlock, places: NDArray[np.int64], tie_streams: NDArray[np.uint64]
@@ -254,7 +265,7 @@ def _write(
     rows: NDArray,
     read_starts: NDArray,
     read: NDArray,
-    every_gene: NDArray,
+    every: Every,
     plans: Plans,
     streams: Streams,
     specials: Specials,
@@ -263,7 +274,8 @@ def _write(
     values: NDArray,
     targets: NDArray,
 ) -> None:
-    """Write cells from their expressed genes, or from `every_gene` where it has any; what is not expressed is 0."""
+    """Write cells from their expressed genes, or from every gene where there are such; what is not expressed is 0."""
+    every_gene, place = every
     starts, lengths, n_unknown = plans
     choice_streams, hidden_streams, shown_streams = streams
     scratch = scratch_of(max((offsets[rows + 1] - offsets[rows]).max(), len(every_gene)), lengths.max())
@@ -275,18 +287,18 @@ def _write(
         to = genes[out], values[out], targets[out]
         draws = choice_streams[i], hidden_streams[i], shown_streams[i]
         if len(every_gene):
-            _spread(row_ids, row, every_value)
+            _spread(row_ids, row, place, every_value)
             _write_cell(every_gene, every_value, n_unknown[i], draws, specials, hiding, scratch, *to)
         else:
             _write_cell(row_ids, row, n_unknown[i], draws, specials, hiding, scratch, *to)
 
 
 @njit(nogil=True, cache=True)
-def _spread(row_ids: NDArray, row: NDArray, every_value: NDArray) -> None:
+def _spread(row_ids: NDArray, row: NDArray, place: NDArray, every_value: NDArray) -> None:
     """Write the values of a cell's expressed genes among zeros for all others."""
     every_value[:] = 0
     for t in range(len(row)):
-        every_value[row_ids[t]] = row[t]
+        every_value[place[row_ids[t]]] = row[t]
 
 
 @njit(nogil=True, cache=True)
@@ -296,11 +308,12 @@ def _count_expressed(
     rows: NDArray,
     read_starts: NDArray,
     read: NDArray,
-    every_gene: NDArray,
+    every: Every,
     kept: NDArray[np.int32],
     choice_streams: NDArray[np.uint64],
 ) -> NDArray[np.int32]:
     """Return how many of the genes that `_write` keeps of each cell have a value that is not 0."""
+    every_gene, place = every
     counts = np.empty(len(rows), np.int32)
     scratch = scratch_of(max((offsets[rows + 1] - offsets[rows]).max(), len(every_gene)), kept.max() + 1)
     every_value = np.empty(len(every_gene), read.dtype)
@@ -310,7 +323,7 @@ def _count_expressed(
         if kept[i] == max(len(row), len(every_gene)):
             counts[i] = np.count_nonzero(row)
         elif len(every_gene):
-            _spread(row_ids, row, every_value)
+            _spread(row_ids, row, place, every_value)
             counts[i] = keep(every_value, kept[i], choice_streams[i], scratch)
         else:
             counts[i] = keep(row, kept[i], choice_streams[i], scratch)

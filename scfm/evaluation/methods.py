@@ -83,16 +83,10 @@ class FineTuned:
             self.training_hashes = np.empty(0, np.uint64)
         # a type of a single training cell is learned here as the baselines learn it
         task = {"name": "annotation", "label": label, "min_cells": 1}
-        run = {"seed": seed, "out": str(self.folder(seed)), "task": task}
+        run = {"seed": seed, "out": str(new_folder(self.runs / f"annotation-seed{seed}")), "task": task}
         self.tuned = start.finetune(adata, **merged(self.sections, run))
         self.classes = [name for head in self.tuned.files.heads for name in head.labels or []]
         return self
-
-    def folder(self, seed: int) -> Path:
-        """Return where the run of a seed goes; beside earlier ones where several splits have that seed."""
-        place = self.runs / f"annotation-seed{seed}"
-        again = (self.runs / f"annotation-seed{seed}-{k}" for k in range(2, 10_000))
-        return place if not place.exists() else next(other for other in again if not other.exists())
 
     def predict(self, adata: AnnData) -> tuple[NDArray, NDArray]:
         assert self.tuned is not None
@@ -102,6 +96,12 @@ class FineTuned:
     def embed(self, adata: AnnData) -> NDArray:
         assert self.tuned is not None
         return self.tuned.embed(adata.copy()).obsm["X_scfm"]
+
+
+def new_folder(place: Path) -> Path:
+    """Return where the run of a seed goes: beside earlier ones where several splits have that seed."""
+    again = (place.with_name(f"{place.name}-{k}") for k in range(2, 10_000))
+    return place if not place.exists() else next(other for other in again if not other.exists())
 
 
 def annotation_method(

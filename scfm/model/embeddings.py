@@ -106,7 +106,7 @@ class Modality(nn.Module):
 class CellCondition(nn.Module):
     """A layer-normed vector per condition of a cell (batch, modality), for the decoders to read: (N,) -> (N, D).
 
-    A cell without a known condition (-1) gets zeros.
+    A cell of an unknown condition (-1) gets the mean of all, the vector that favours none.
     """
 
     def __init__(self, n_conditions: int, width: int) -> None:
@@ -115,5 +115,6 @@ class CellCondition(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, conditions: Tensor) -> Tensor:
-        known = conditions >= 0
-        return self.norm(self.embedding(conditions.clamp(min=0))) * known[:, None]
+        vectors = self.norm(self.embedding.weight)  # (K, D)
+        # -1 becomes K, the row of the mean
+        return F.embedding(conditions % (len(vectors) + 1), torch.cat([vectors, vectors.mean(0, keepdim=True)]))

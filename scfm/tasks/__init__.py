@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from scfm.tasks import annotation
+from scfm.tasks import annotation, integration
 
-TASKS: dict[str, ModuleType] = {"annotation": annotation}
+TASKS: dict[str, ModuleType] = {"annotation": annotation, "integration": integration}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from scfm.checkpoints.native import ModelFiles, load_weights, read_model, read_weights, save_model
-from scfm.data.hashing import store_hashes
-from scfm.data.remote import find_shards
-from scfm.data.sources import store_from_anndata
+from scfm.checkpoints.native import ModelFiles
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.evaluation.splits import stratified_split
 from scfm.objectives import build_objectives
-from scfm.recipe import ModelConfig, Recipe, TaskConfig, check
-from scfm.recipe_reader import bundled, like, read_recipe
+from scfm.recipe import ModelConfig, Recipe, TaskConfig
+from scfm.tasks.finetuning import all_hashes, before, expect_same_values, on_anndata, on_shards, paced_recipe, start
 from scfm.tasks.frozen import fit_frozen, frozen_head
 from scfm.tasks.novel_types import set_threshold
 
@@ -48,20 +42,7 @@ def finetune(recipe: Recipe, resume: str | None = None) -> Path:
     Raises:
         ScfmError: the recipe cannot work, the shards have another vocabulary, or a label has too few cells.
     """
-    check(recipe)
-    if recipe.from_model is None:
-        raise ScfmError("from: is not set; name the model directory to start from (--from MODEL)")
-    if recipe.data.shards is None:
-        raise ScfmError("data.shards: is not set; name a directory written by `scfm prepare`")
-    shards = find_shards(recipe.data.shards, recipe.data.cache, recipe.data.cache_gb)
-    files = read_model(recipe.from_model)
-    store = shards.open()
-    if store.vocabulary.hash != files.vocabulary.hash:
-        raise ScfmError(
-            f"{shards.location}: its genes are numbered by another vocabulary than the model's; prepare the cells "
-            f"again with `scfm prepare ... --vocabulary {Path(recipe.from_model) / 'vocab.json'}`"
-        )
-    return run_on(recipe, files, store, {"manifest": shards.manifest}, resume)
+    return on_shards(recipe, run_on, resume)
 
 
 def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any]) -> PretrainedModel:
@@ -72,28 +53,8 @@ def finetune_anndata(model: PretrainedModel, adata: AnnData, keys: dict[str, Any
         adata: labelled cells.
         keys: recipe keys over those of `default_recipe`; without `out` the run is temporary.
     """
-    from scfm.pretrained import load
-
-    with tempfile.TemporaryDirectory() as folder:
-        start = Path(model.source)
-        if not start.is_dir():  # a model that was never saved
-            start = Path(folder) / "start"
-            save_model(start, model.network, model.files)
-        given = {"out": str(Path(folder) / "run"), **keys, "from": str(start)}
-        recipe = read_recipe(bundled(default_recipe(model.files.model)), given, like(model.files))
-        check(recipe)
-        label = (recipe.task or TaskConfig()).label
-        store = store_from_anndata(
-            adata,
-            model.files.vocabulary,
-            accept_normalised=model.files.value_kind == "normalised",
-            obs_columns=[label, *recipe.cell_conditions, *([recipe.data.sample_by] if recipe.data.sample_by else [])],
-        )
-        tuned = load(run_on(recipe, model.files, store, {}, None))
-        if "out" not in keys:  # the run is about to go: keep what is still read from it, and name no lost folder
-            tuned.files.cell_hashes = np.array(tuned.files.cell_hashes)
-            tuned.source = f"{model.source}, fine-tuned"
-    return tuned
+    default = default_recipe(model.files.model)
+    return on_anndata(model, adata, keys, default, run_on, lambda recipe: [(recipe.task or TaskConfig()).label])
 
 
 def default_recipe(model: ModelConfig) -> str:
@@ -109,8 +70,7 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
     from scfm.training.rundir import is_main_process, open_run
 
     task = recipe.task or TaskConfig()
-    if store.value_kind != files.value_kind:
-        raise ScfmError(f"the model was trained on {files.value_kind}, these cells hold {store.value_kind}")
+    expect_same_values(files, store)
     labels, names = labels_of(store, task)
     held_out = origin.get("manifest", {}).get("held_out")
     train, valid = split_rows(
@@ -159,42 +119,6 @@ def run_on(recipe: Recipe, files: ModelFiles, store: CellStore, origin: dict[str
     if task.novel_types != "none" and is_main_process():
         set_threshold(run.model, store, valid, cell_conditions, task.novel_types, task.known_kept)
     return run.model
-
-
-def start(network: nn.Module, new: ModelFiles, files: ModelFiles, recipe: Recipe, unread: list[str]) -> None:
-    """Give a network the weights that it starts from: those of the pretrained model but for unread ones.
-
-    From scratch it keeps its random ones; a gene table, which no training made, it gets all the same.
-    """
-    pretrained = read_weights(str(recipe.from_model))
-    pretrained = {name: w for name, w in pretrained.items() if not name.startswith(tuple(unread))}
-    shared_heads = {head.task for head in new.heads if head in files.heads}
-    prefixes = ["backbone.", *(f"heads.{task}." for task in shared_heads)]
-    if recipe.task and recipe.task.setting == "scratch":
-        prefixes = ["backbone.gene_embedding."] if recipe.model.gene_table else []
-    for prefix in prefixes:
-        load_weights(network, pretrained, str(recipe.from_model), prefix=prefix)
-
-
-def before(files: ModelFiles) -> dict[str, Any]:
-    return {"pretraining": files.training_data}
-
-
-def paced_recipe(recipe: Recipe, task: TaskConfig, n_cells: int) -> tuple[Recipe, list[str]]:
-    """Return the recipe with rate, batch and epochs that fit setting and cells, and what the log says of it."""
-    notes = []
-    if task.setting == "lora":
-        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr * task.lora.lr_factor))
-    if n_cells < recipe.data.cells_per_batch:
-        notes.append(f"{n_cells} cells in a step: there are no {recipe.data.cells_per_batch} to learn from")
-        recipe = replace(recipe, data=replace(recipe.data, cells_per_batch=n_cells))
-    trainer, epoch = recipe.trainer, max(1, n_cells // recipe.data.cells_per_batch)
-    if trainer.max_epochs is not None and epoch * trainer.max_epochs < task.min_steps:
-        longer = math.ceil(task.min_steps / (epoch * trainer.max_epochs))
-        epochs, every = trainer.max_epochs * longer, (trainer.check_val_every_n_epoch or 1) * longer
-        recipe = replace(recipe, trainer=replace(trainer, max_epochs=epochs, check_val_every_n_epoch=every))
-        notes.append(f"{epochs} epochs, a validation every {every}, to reach task.min_steps {task.min_steps}")
-    return recipe, notes
 
 
 def without(conditions: dict[str, list[str]], name: str | None) -> dict[str, list[str]]:
@@ -271,9 +195,3 @@ def few_per_type(rows: NDArray[np.int64], labels: NDArray, most: int | None, see
     drawn = np.random.default_rng(seed).permutation(rows)
     kept = [drawn[labels[drawn] == label][:most] for label in np.unique(labels[rows])]
     return np.sort(np.concatenate(kept))
-
-
-def all_hashes(store: CellStore, rows: NDArray[np.int64], before: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
-    """Return the sorted hashes of the cells used here and of those that the model had seen before."""
-    hashes = store_hashes(store)[rows]
-    return np.sort(np.concatenate([hashes, hashes[:0] if before is None else before]))

@@ -211,8 +211,9 @@ def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
     recipe = job.recipe
     choose_trainable(job.network, recipe)
     set_up_blocks(job.network, recipe.trainer)
+    store = job.files.reading(job.store)
     data = CellDataModule(
-        job.store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
+        store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
     )
     return FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed), data
 

@@ -104,5 +104,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(place: Path, tmp_path: Path)
 
 
 def test_an_unknown_task_is_named(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ScfmError, match=r"task\.name: 'telepathy' is not known; choose one of \['annotation'\]"):
+    with pytest.raises(
+        ScfmError, match=r"task\.name: 'telepathy' is not known; choose one of \['annotation', 'integration'\]"
+    ):
         finetune(recipe(place, tmp_path / "run", task={"name": "telepathy"}))

@@ -184,6 +184,8 @@ def test_few_cells_are_passed_over_more_often() -> None:
     assert (paced.trainer.max_epochs, paced.trainer.check_val_every_n_epoch) == (15, 5)
     assert notes == ["15 epochs, a validation every 5, to reach task.min_steps 50"]
     assert paced_recipe(recipe, recipe.task, 1000) == (recipe, [])
+    recipe.trainer.max_epochs = -1  # as Lightning has it: until max_steps
+    assert paced_recipe(recipe, recipe.task, 45) == (recipe, [])
 
 
 @pytest.mark.parametrize("score", ["probability", "energy"])

@@ -113,6 +113,10 @@ def notes(files: ModelFiles) -> list[str]:
         said.append("pre-norm is ignored by scGPT where flash-attn is not installed: outputs then differ")
     if model.input_norm == "domain":
         said.append("scGPT norms a whole batch by the domain of its first cell: give it batches of one domain")
+    if files.genes_read is not None:
+        said.append(
+            f"it reads {len(files.genes_read)} genes (genes_read in its config.json): give scGPT these columns only"
+        )
     if model.cell_embedding != "cls":
         said.append("scGPT counts padding in mean and weighted cell embeddings: cells of unequal length differ")
     if model.value_encoder == "category":

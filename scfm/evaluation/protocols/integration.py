@@ -69,7 +69,7 @@ class Integration(EvaluationProtocol):
     headline = ("s_bio", "s_batch")
     terminal = ("s_bio", "s_batch", "s_final")
     main = "s_final"
-    settings = ("zero_shot",)
+    settings = ("zero_shot", "full", "scratch")
 
     def __init__(self) -> None:
         self._before: tuple[LabelledCells, NDArray] | None = None
