@@ -27,6 +27,10 @@ VERBS = {
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "evaluate": ("scfm.evaluation.evaluate:evaluate", "score models on a task, beside baselines and controls"),
+    "study": (
+        "scfm.evaluation.study:study",
+        "which keys of a fine-tuning recipe matter: a grid, resumable, in parallel",
+    ),
     "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
     "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),

@@ -87,29 +87,39 @@ def render(
         f"{n_seeds} seed{'s' if n_seeds > 1 else ''}; every method on the same splits."
     )
     verdict = "".join(f"<p>{escape(str(one))}</p>" for one in differences) or "<p>Baselines only.</p>"
-    notes = f"<h2>Read with care</h2><ul>{_items(caveats)}</ul>" if caveats else ""
-    pictures = "".join(_figure(number, figure) for number, figure in enumerate(figures, start=1))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><main>\n<h1>{escape(title)}</h1>"
+    notes = f"<h2>Read with care</h2><ul>{items(caveats)}</ul>" if caveats else ""
+    pictures = "".join(pictured(number, figure) for number, figure in enumerate(figures, start=1))
+    return document(
+        title,
         f'<p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
         f"{_score_table(comparison)}\n{_difference_table(differences)}\n{_cost_table(comparison)}\n{notes}\n{pictures}\n"
-        f"<h2>Methods</h2>{_definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
-        f"<h2>Scores</h2>{_definitions(_metrics(comparison))}\n"
-        f"<h2>Provenance</h2>{_definitions(_provenance(comparison, origin))}\n</main></body></html>\n"
+        f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
+        f"<h2>Scores</h2>{definitions(_metrics(comparison))}\n"
+        f"<h2>Provenance</h2>{definitions(_provenance(comparison, origin))}\n",
     )
 
 
-def _items(texts: Sequence[str]) -> str:
+def document(title: str, body: str) -> str:
+    """Return a page in the style of reports: a headline, and HTML beneath it."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body><main>\n<h1>{escape(title)}</h1>{body}</main></body></html>\n"
+    )
+
+
+def items(texts: Sequence[str]) -> str:
+    """Return texts as the items of a list."""
     return "".join(f"<li>{escape(text)}</li>" for text in texts)
 
 
-def _definitions(entries: dict[str, str]) -> str:
+def definitions(entries: dict[str, str]) -> str:
+    """Return names, which are escaped, beside what is said of them, which is HTML."""
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{text}</dd>' for name, text in entries.items())}</dl>"
 
 
-def _figure(number: int, figure: Figure) -> str:
+def pictured(number: int, figure: Figure) -> str:
+    """Return a figure with its caption."""
     picture = base64.b64encode(figure.png).decode()
     return (
         f'<figure><img alt="{escape(figure.title)}" src="data:image/png;base64,{picture}">'
@@ -271,11 +281,18 @@ def _provenance(comparison: Comparison, origin: dict[str, Any]) -> dict[str, str
         f"seed {split.seed}: {len(split.train):,} training, {len(split.test):,} held out, <code>{digest}</code>"
         for split, digest in zip(comparison.splits, comparison.split_hashes, strict=True)
     )
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return {
         **{escape(name): text for name, text in leakage.items()},
         "data, sha256": f"<code>{comparison.data_sha256}</code>",
         "splits, sha256": splits,
+        **origin_of(origin),
+    }
+
+
+def origin_of(origin: dict[str, Any]) -> dict[str, str]:
+    """Return the entries of a page that say by what code, where and when its numbers were made."""
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return {
         "scfm": f"{origin['scfm']}, commit <code>{origin['commit'] or 'not known (installed package)'}</code>",
         "versions": f"Python {origin['python']}, {escape(versions)}",
         "machine": escape(origin["machine"]),
