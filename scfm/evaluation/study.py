@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from scfm.evaluation.study_runs import Plan, Question, forget_failures, key_of, 
 
 def study(
     *,
-    config: str,
+    config: str = "evaluate/study.yaml",
     model: str,
     data: Sequence[str],
     out: str,
@@ -44,7 +46,7 @@ def study(
     chosen, test/report.html.
 
     Args:
-        config: Recipe of the study, as recipes/evaluate/study.yaml.
+        config: Recipe of the study: a file, or the name of a bundled one.
         model: Model directory that is fine-tuned.
         data: h5ad files with raw counts and labels; several are put together on the genes they share.
         out: Folder of the study.
@@ -144,6 +146,7 @@ def on_test_cells(plan: Plan, names: Sequence[str]) -> Comparison:
         splits = [AllCells.of(len(outer.test), split.seed) for split in plan.splits]
     runs = plan.folder / "test" / "runs"
     shutil.rmtree(runs, ignore_errors=True)  # of a process that was killed
+    runs.mkdir(parents=True)
     start = load(path)
     hashes = store_hashes(start.store(cells.adata))
     known = TrainedOn.of(start.files.training_data, start.files.cell_hashes, hashes)
@@ -157,16 +160,18 @@ def on_test_cells(plan: Plan, names: Sequence[str]) -> Comparison:
         if task is not None and task.setting != "scratch":  # starts from random weights, whatever the model has seen
             trained_on[called] = known
     untrained = plan.protocol.untrained(ModelInput(path, "random weights", runs))
-    return compare(
-        methods,
-        cells.adata,
-        cells.label,
-        splits,
-        task=plan.protocol,
-        batch=cells.batch,
-        donor=cells.donor,
-        controls=[(untrained, "negative control")],
-        cell_hashes=known.cells,
-        trained_on=trained_on,
-        say=lambda what: print(f"test cells, {what}", flush=True),
-    )
+    terminal = sys.stdout
+    with (plan.folder / "test" / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log):
+        return compare(
+            methods,
+            cells.adata,
+            cells.label,
+            splits,
+            task=plan.protocol,
+            batch=cells.batch,
+            donor=cells.donor,
+            controls=[(untrained, "negative control")],
+            cell_hashes=known.cells,
+            trained_on=trained_on,
+            say=lambda what: print(f"test cells, {what}", file=terminal, flush=True),
+        )

@@ -101,6 +101,11 @@ class Configuration:
     reason: str | None = None
 
 
+def recipe_file(name: str) -> Path:
+    """Return a recipe's file: that of this path, else the bundled one of this name. Raises ScfmError for neither."""
+    return Path(name) if Path(name).is_file() else bundled(name)
+
+
 def read_study(path: Path) -> StudyRecipe:
     """Return the recipe of a study. Raises ScfmError for a key that is unknown or of the wrong type."""
     content = read_yaml(path)
@@ -144,8 +149,9 @@ def configurations_of(
     Raises ScfmError for keys and values that no recipe has, terms of the loss that are not there, and a default that
     cannot be tried.
     """
-    path = Path(study.recipe) if Path(study.recipe).is_file() else bundled(study.recipe)
-    sections = merged(merged(read_yaml(path), study.base), {"task": {"name": study.task, "label": label}})
+    sections = merged(
+        merged(read_yaml(recipe_file(study.recipe)), study.base), {"task": {"name": study.task, "label": label}}
+    )
     for key in ("out", "from", "seed"):  # of a run, not of a configuration
         sections.pop(key, None)
     base = read_recipe(None, sections, like(files))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,23 +14,22 @@ from scfm.evaluation.plots import BLUES, FAINT, INK, RULE, WARM, new_figure
 from scfm.evaluation.study_results import Study
 
 MOST_FACTORS = 4  # pairs of more would not fit a page
+STAGGERED = (8, -8, 16, -16)  # points between a dot and its name: neighbours stand above one another
 
 
 def sensitivity(study: Study) -> bytes:
     """Draw the mean validation score of every level, a row per factor, the one that moves it most on top."""
     ranked = study.sensitivities()[::-1]
     baseline = study.best(study.baselines)
-    with new_figure(7.2, 0.9 + 0.46 * len(ranked)) as (_, (axis,), drawn):
+    with new_figure(7.2, 0.9 + 0.6 * len(ranked)) as (_, (axis,), drawn):
         for y, one in enumerate(ranked):
             axis.plot([min(one.means), max(one.means)], [y, y], color=RULE, lw=3, zorder=1, solid_capstyle="butt")
             order = np.argsort(one.means)
             for place, k in enumerate(order):
                 axis.scatter(one.means[k], y, s=26, color=WARM[0], lw=0, zorder=3)
-                at, below = (one.means[k], y), place % 2
-                offset, align = ((0, -5), "top") if below else ((0, 5), "bottom")
-                axis.annotate(
-                    one.levels[k], at, offset, textcoords="offset points", ha="center", va=align, fontsize=6.5
-                )
+                height = STAGGERED[place % len(STAGGERED)]
+                style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5}
+                axis.annotate(one.levels[k], (one.means[k], y), (0, height), textcoords="offset points", **style)
         axis.axvline(study.summary(study.default, study.main).mean, color=INK, lw=0.9, ls=(0, (4, 3)))
         if baseline is not None:
             axis.axvline(study.summary(baseline, study.main).mean, color=BLUES[0], lw=0.9, ls=":")
@@ -111,11 +112,21 @@ def pairs(study: Study) -> bytes:
 
 
 def _by_pair(study: Study, a: int, b: int) -> NDArray[np.float64]:
-    """Return (levels of a, levels of b) mean main scores over seeds and all other factors; NaN where nothing scored."""
-    factors = study.plan.factors
-    found: list[list[list[float]]] = [[[] for _ in factors[b].levels] for _ in factors[a].levels]
+    """Return (levels of a, levels of b) mean main scores over seeds and settings of the other factors; NaN for none.
+
+    All cells are over the same settings, those in which most of the pairs came to an end: else two cells would differ
+    by what else was tried there.
+    """
+    scores: dict[tuple[int, ...], dict[tuple[int, int], float]] = {}
     for one in study.plan.configurations:
         values = study.values(one.name, study.main)
         if one.reason is None and not np.isnan(values).any():
-            found[one.levels[a]][one.levels[b]].append(float(values.mean()))
-    return np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in found])
+            others = tuple(level for k, level in enumerate(one.levels) if k not in (a, b))
+            scores.setdefault(others, {})[one.levels[a], one.levels[b]] = float(values.mean())
+    counted = Counter(frozenset(group) for group in scores.values())
+    there = max(counted, key=lambda cells: (len(cells), counted[cells]))
+    alike = [group for group in scores.values() if set(group) == there]
+    table = np.full([len(study.plan.factors[k].levels) for k in (a, b)], np.nan)
+    for cell in there:
+        table[cell] = np.mean([group[cell] for group in alike])
+    return table

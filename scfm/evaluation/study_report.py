@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JSON, PAGE = "study.json", "study.html"
-MOST_ROWS = 40  # configurations of a printed table, the best of them; all are in study.json and on the page
+MOST_ROWS = 20  # configurations of a printed table, the best of them; all are in study.json and on the page
 
 
 def require_baselines(study: Study) -> None:
@@ -286,7 +286,8 @@ def _ranks(study: Study) -> str:
     )
     heads = '<th>Rank</th><th class="text">Key</th><th>Range</th><th>p</th><th class="text">Best</th>'
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr>{heads}<th class="text">Level, mean</th></tr>'
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr>{heads}'
+        f'<th class="text">Level: mean</th></tr>'
         f"</thead><tbody>{lines}</tbody></table></div>"
     )
 
@@ -316,7 +317,8 @@ def figures_of(study: Study) -> list[Figure]:
             Figure(
                 study_plots.pairs(study),
                 "Pairs of keys",
-                f"Mean {title} on validation cells over seeds and the settings of all other keys that came to an end.",
+                f"Mean {title} on validation cells over seeds and settings of the other keys, the same ones for all cells of "
+                "a map.",
             )
         )
     return drawn

@@ -33,7 +33,7 @@ from scfm.evaluation.protocol import EvaluationProtocol, Kind, LabelledCells, Me
 from scfm.evaluation.protocols import protocol_of
 from scfm.evaluation.provenance import commit, data_hash
 from scfm.evaluation.splits import Split, stratified_split
-from scfm.evaluation.study_design import Configuration, Factor, StudyRecipe, configurations_of, read_study
+from scfm.evaluation.study_design import Configuration, Factor, StudyRecipe, configurations_of, read_study, recipe_file
 
 RESULT = "result.json"
 WEIGHTS = ("checkpoints", "model")
@@ -136,7 +136,7 @@ def plan_of(question: Question) -> Plan:
 
     Raises ScfmError for what cannot be studied.
     """
-    study = read_study(Path(question.config))
+    study = read_study(recipe_file(question.config))
     protocol = protocol_of(study.task)
     if question.reference is not None and question.split != "random":
         raise ScfmError("--reference and --split each say what is held out; give one of them")

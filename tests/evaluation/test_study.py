@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from scfm.baselines import OBLIGATORY, KNNOnPCA, MajorityClass
 from scfm.checkpoints.native import ModelFiles, read_model
 from scfm.data.building.directory import locked
 from scfm.errors import ScfmError
-from scfm.evaluation import study_runs
+from scfm.evaluation import plots, study_runs
 from scfm.evaluation.study import study
 from scfm.evaluation.study_design import INIT, TERMS, StudyRecipe, configurations_of, read_study
 from scfm.evaluation.study_report import print_study
@@ -207,6 +207,7 @@ def finished(asked: dict[str, Any]) -> tuple[Study, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OBLIGATORY, "annotation", [MajorityClass, KNNOnPCA])
+        patch.setattr(plots, "umap_pair", lambda *_: b"")  # seconds, and tested elsewhere
         patch.setattr(study_runs, "make_run", stopping)
         with pytest.raises(KeyboardInterrupt):
             study(**asked)
@@ -324,12 +325,9 @@ def test_failures_are_rows_and_a_run_under_way_is_left_to_its_process(
 
 
 def test_a_process_that_dies_is_told(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_runs, "work", lost)
-    monkeypatch.setattr(study_runs.multiprocessing, "get_context", lambda _: multiprocessing.get_context("fork"))
+    gone = SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=-9)
+    context = SimpleNamespace(Process=lambda **_: gone)
+    monkeypatch.setattr(study_runs.multiprocessing, "get_context", lambda _: context)
     plan = plan_of(Question(**asked | {"data": tuple(asked["data"]), "out": str(tmp_path)}, label="cell_type"))
     with pytest.raises(ScfmError, match=r"2 of 2 processes ended early .* the same command goes on with them"):
         make(plan, None, 2)
-
-
-def lost(*_: Any) -> None:
-    raise SystemExit(9)
