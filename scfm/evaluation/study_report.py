@@ -119,12 +119,15 @@ def verdict(study: Study) -> str:
     baseline = study.best(study.baselines)
     assert baseline is not None
     theirs = study.summary(baseline, study.main).mean
-    n = len(study.tried)
-    of = f"{n:,} configuration{'s' if n > 1 else ''} tried"
     return (
-        f"{of}; chosen by {METRICS[study.main].title} on validation cells: {study.chosen}, {chosen:.3f} "
+        f"{counted(len(study.tried))} tried; chosen by {METRICS[study.main].title} on validation cells: {study.chosen}, {chosen:.3f} "
         f"({signed(chosen - default)} to the default, {signed(chosen - theirs)} to {baseline}, the best baseline)."
     )
+
+
+def counted(n: int) -> str:
+    """Return so many configurations in words."""
+    return f"{n:,} configuration{'' if n == 1 else 's'}"
 
 
 def caveats(study: Study) -> list[str]:
@@ -138,9 +141,9 @@ def caveats(study: Study) -> list[str]:
             "score on the test cells, which nothing was chosen by, is not. Baselines were not tuned."
         )
     if not_applicable:
-        said.append(f"{not_applicable:,} configurations are not applicable; their rows say why.")
+        said.append(f"Not applicable, for the reasons in their rows: {counted(not_applicable)}.")
     if failed:
-        said.append(f"{len(failed):,} configurations failed, and cannot be chosen: {', '.join(failed)}.")
+        said.append(f"Failed, and cannot be chosen: {counted(len(failed))} ({', '.join(failed)}).")
     said += [f"{capitalised(name)} {why}." for name in study.baselines if (why := study.failure(name))]
     if len(plan.splits) == 1:
         said.append("One seed only: what a key changes cannot be told from luck of the seed.")
@@ -317,8 +320,8 @@ def figures_of(study: Study) -> list[Figure]:
             Figure(
                 study_plots.pairs(study),
                 "Pairs of keys",
-                f"Mean {title} on validation cells over seeds and settings of the other keys, the same ones for all cells of "
-                "a map.",
+                f"Mean {title} on validation cells over seeds and settings of the other keys, the same ones for all "
+                "cells of a map.",
             )
         )
     return drawn
