@@ -46,7 +46,7 @@ def print_study(study: Study, console: Console | None = None) -> None:
     seeds = f"{n} seeds" if n > 1 else "1 seed, so no spread"
     style: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "pad_edge": False}
     table = Table(title=f"{study.plan.study.task} study: validation cells, {seeds}", **style)
-    table.add_column("configuration")
+    table.add_column("configuration", overflow="fold")
     for metric in metrics:
         table.add_column(METRICS[metric].title, justify="right", no_wrap=True)
     table.add_column("seconds", justify="right")
@@ -63,8 +63,8 @@ def print_study(study: Study, console: Console | None = None) -> None:
         console.print(f"… and {hidden:,} configurations that scored lower or not at all: see {JSON}", highlight=False)
     ranks = Table(title=f"sensitivity of {METRICS[study.main].title}, validation cells", **style)
     for head in ("rank", "key", "range", "p", "best", "levels"):
-        ranks.add_column(head, justify="right" if head in ("rank", "range", "p") else "left")
-    for rank, one in enumerate(study.sensitivities(), start=1):
+        ranks.add_column(head, justify="right" if head in ("rank", "range", "p") else "left", overflow="fold")
+    for rank, one in study.ranked():
         levels = "  ".join(f"{level}: {mean:.3f}" for level, mean in levels_of(one))
         ranks.add_row(
             f"{rank}", plain(one.factor), f"{one.range:.3f}", probability(one), plain(one.best), plain(levels)
@@ -119,8 +119,9 @@ def verdict(study: Study) -> str:
     baseline = study.best(study.baselines)
     assert baseline is not None
     theirs = study.summary(baseline, study.main).mean
+    by = f"chosen by {METRICS[study.main].title} on validation cells"
     return (
-        f"{counted(len(study.tried))} tried; chosen by {METRICS[study.main].title} on validation cells: {study.chosen}, {chosen:.3f} "
+        f"{counted(len(study.tried))} tried; {by}: {study.chosen}, {chosen:.3f} "
         f"({signed(chosen - default)} to the default, {signed(chosen - theirs)} to {baseline}, the best baseline)."
     )
 
@@ -216,7 +217,7 @@ def content_of(study: Study, title: str, origin: dict[str, Any]) -> dict[str, An
         ],
         "outer": {"protocol": plan.outer.protocol, "tuning": len(plan.outer.train), "test": len(plan.outer.test)},
         "runs": study.results,
-        "sensitivity": [vars(one) for one in study.sensitivities()],
+        "sensitivity": [{"rank": rank} | vars(one) for rank, one in study.ranked()],
         "tested": study.tested,
         "caveats": caveats(study),
         **origin,
@@ -274,14 +275,14 @@ def _scores(study: Study) -> str:
 
 
 def _ranks(study: Study) -> str:
-    ranked = study.sensitivities()
+    ranked = study.ranked()
     if not ranked:
         return ""
     lines = "".join(
         f'<tr><td>{rank}</td><td class="text">{escape(one.factor)}</td><td>{one.range:.3f}</td>'
         f'<td>{escape(probability(one))}</td><td class="text">{escape(one.best)}</td>'
         f'<td class="text">{"; ".join(f"{escape(level)}: {mean:.3f}" for level, mean in levels_of(one))}</td></tr>'
-        for rank, one in enumerate(ranked, start=1)
+        for rank, one in ranked
     )
     caption = (
         f"<b>Table 2. Sensitivity.</b> Keys by the range of mean {METRICS[study.main].title} over their levels, all "

@@ -16,6 +16,8 @@ from scfm.evaluation.harness import Comparison, Summary
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.study_runs import Plan
 
+ALIKE = 1e-10  # means that are closer differ by rounding
+
 
 @dataclass(frozen=True)
 class Marginal:
@@ -40,7 +42,7 @@ class Sensitivity:
         factor: its name.
         levels: of the tried levels, how tables write them.
         means: mean score of each.
-        best: the best of them.
+        best: the best of them, a dash where all are alike.
         range: the best mean minus the worst.
         p: how often the range would be as large if the factor did nothing (Tukey's studentised range over levels and
             paired seeds); None with one seed or one level.
@@ -170,11 +172,16 @@ class Study:
                 continue
             means = marginal.scores.mean(axis=1)
             shown = [factor.shown(level) for level in marginal.levels]
-            best = shown[int((sign * means).argmax())]
             spread = float(means.max() - means.min())
+            best = shown[int((sign * means).argmax())] if spread > ALIKE else "–"
             p = range_probability(marginal.scores)
             found.append(Sensitivity(factor.name, shown, means.tolist(), best, spread, p, marginal.settings))
         return sorted(found, key=lambda one: -one.range)
+
+    def ranked(self) -> list[tuple[int, Sensitivity]]:
+        """Return factors by how much they move the score, each with its rank; equal ones share theirs."""
+        found = self.sensitivities()
+        return [(1 + sum(other.range > one.range + ALIKE for other in found), one) for one in found]
 
     def unranked(self) -> list[str]:
         """Return the factors of which less than two levels came to an end."""
@@ -198,5 +205,5 @@ def range_probability(scores: NDArray[np.float64]) -> float | None:
     error = float((residuals**2).sum() / freedom)
     spread = float(means.max() - means.min())
     if error < 1e-20:  # equal on all seeds: scores of few cells are often just that
-        return 1.0 if spread < 1e-10 else 0.0
+        return 1.0 if spread < ALIKE else 0.0
     return float(studentized_range.sf(spread / np.sqrt(error / n_seeds), n_levels, freedom))

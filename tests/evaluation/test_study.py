@@ -21,7 +21,7 @@ from scfm.baselines import OBLIGATORY, KNNOnPCA, MajorityClass
 from scfm.checkpoints.native import ModelFiles, read_model
 from scfm.data.building.directory import locked
 from scfm.errors import ScfmError
-from scfm.evaluation import plots, study_runs
+from scfm.evaluation import report, study_runs
 from scfm.evaluation.study import study
 from scfm.evaluation.study_design import INIT, TERMS, StudyRecipe, configurations_of, read_study
 from scfm.evaluation.study_report import print_study
@@ -207,7 +207,7 @@ def finished(asked: dict[str, Any]) -> tuple[Study, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OBLIGATORY, "annotation", [MajorityClass, KNNOnPCA])
-        patch.setattr(plots, "umap_pair", lambda *_: b"")  # seconds, and tested elsewhere
+        patch.setattr(report, "figures", lambda *_: [])  # seconds, and tested elsewhere
         patch.setattr(study_runs, "make_run", stopping)
         with pytest.raises(KeyboardInterrupt):
             study(**asked)
@@ -280,7 +280,13 @@ def test_marginals_are_over_settings_that_have_all_levels(finished: tuple[Study,
     expected = [found.values(name, "macro_f1") for name in ("default", changed)]
     order = [0, 1] if found.plan.factors[0].default == 0 else [1, 0]
     np.testing.assert_array_equal(rate.scores, [expected[k] for k in order])
-    assert {one.factor for one in found.sensitivities()} == {"optimizer.lr", INIT}
+    ranked = found.ranked()
+    assert {one.factor for _, one in ranked} == {"optimizer.lr", INIT}
+    assert ranked[0][0] == 1
+    assert ranked[0][1].range >= ranked[1][1].range
+    levels = [found.summary(name, "macro_f1").mean for name in ("default", changed)]
+    moved = next(one for _, one in ranked if one.factor == "optimizer.lr")
+    assert moved.range == pytest.approx(abs(levels[0] - levels[1]))
 
 
 def test_a_finished_study_scores_the_test_cells_no_more(
