@@ -28,6 +28,7 @@ from scfm.evaluation.study_report import print_study
 from scfm.evaluation.study_results import Study, range_probability
 from scfm.evaluation.study_runs import Question, forget_failures, make, make_run, plan_of, share_of
 from scfm.recipe_reader import bundled
+from scfm.training import run
 from scfm.training.run import pretrain
 
 QUICK: dict[str, Any] = {
@@ -194,20 +195,22 @@ def finished(asked: dict[str, Any]) -> tuple[Study, list[str]]:
     """A study that was stopped in its third run and taken up again, and the keys of the runs as they were made."""
     made: list[str] = []
 
-    def stopping(plan: Any, run: Any) -> None:
+    def stopping(plan: Any, planned: Any) -> None:
         if len(made) == 2:
-            (plan.place(run) / "work" / "annotation-seed0").mkdir(parents=True)  # half a run
+            (plan.place(planned) / "work" / "annotation-seed0").mkdir(parents=True)  # half a run
             raise KeyboardInterrupt
-        made.append(run.key)
-        make_run(plan, run)
+        made.append(planned.key)
+        make_run(plan, planned)
 
-    def counting(plan: Any, run: Any) -> None:
-        made.append(run.key)
-        make_run(plan, run)
+    def counting(plan: Any, planned: Any) -> None:
+        made.append(planned.key)
+        make_run(plan, planned)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OBLIGATORY, "annotation", [MajorityClass, KNNOnPCA])
-        patch.setattr(report, "figures", lambda *_: [])  # seconds, and tested elsewhere
+        # drawing takes seconds, and is tested elsewhere
+        patch.setattr(report, "figures", lambda *_: [])
+        patch.setattr(run, "loss_curves", lambda *_: None)
         patch.setattr(study_runs, "make_run", stopping)
         with pytest.raises(KeyboardInterrupt):
             study(**asked)
