@@ -30,6 +30,10 @@ VERBS = {
     "index": ("scfm.tasks.mapping:index", "embed labelled cells into a reference index, or add cells to one"),
     "map": ("scfm.tasks.mapping:map_cells", "write labels of the nearest reference cells into .obs of an h5ad file"),
     "evaluate": ("scfm.evaluation.evaluate:evaluate", "score models on a task, beside baselines and controls"),
+    "study": (
+        "scfm.evaluation.study:study",
+        "which keys of a fine-tuning recipe matter: a grid, resumable, in parallel",
+    ),
     "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
     "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),

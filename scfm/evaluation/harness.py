@@ -306,7 +306,7 @@ def compare(
         for method, kind in candidates:
             say(f"seed {split.seed}: {method.name}")
             leakage, said_before = counted_before.get((method.name, k)), (method.name, k) in counted_before
-            run = _run(protocol, method, kind, cells, split, k, listed)
+            run = run_method(protocol, method, kind, cells, split, k, listed, shown=k == 0)
             if not said_before and isinstance(method, Pretrained) and (known := method.training_hashes) is not None:
                 if cell_hashes is None:
                     raise ScfmError(f"{method.name} knows its training cells: pass cell_hashes to check for leakage")
@@ -329,7 +329,7 @@ def compare(
     )
 
 
-def _run(
+def run_method(
     protocol: EvaluationProtocol,
     method: Method,
     kind: Kind,
@@ -337,12 +337,25 @@ def _run(
     split: Split,
     number: int,
     labels: list[str],
+    *,
+    shown: bool,
 ) -> Run:
-    """Run a method on a split; what it raises becomes the reason of a failed run."""
+    """Run a method on a split; what it raises becomes the reason of a failed run.
+
+    Args:
+        protocol: of the task.
+        method: what is judged.
+        kind: model, baseline or control.
+        cells: all cells.
+        split: which of them train and which are held out.
+        number: of the split.
+        labels: the fixed label list.
+        shown: whether the report shows the embeddings of this split.
+    """
     watch = Stopwatch()
     outcome = failure = trace = None
     try:
-        outcome = protocol.run(method, cells, split, labels, watch.measure, shown=number == 0)
+        outcome = protocol.run(method, cells, split, labels, watch.measure, shown)
     except Exception as error:  # methods are other people's code: whatever they raise, the others go on
         failure = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ScfmError):

@@ -80,7 +80,7 @@ class TrainedOn:
             for source in manifest["sources"]:
                 if held["by"] == "source" and source["file"] in held["groups"]:
                     continue
-                origins, provenance = source.get("origins", {}), source["provenance"]
+                origins, provenance = source.get("origins", {}), source.get("provenance", {})
                 of_file = {provenance.get(DATASET), *provenance.get("datasets", {})} - {None}
                 for column, names in named.items():
                     found = {*origins.get(column, ()), *(of_file if column == DATASET else ())}

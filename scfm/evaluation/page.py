@@ -281,11 +281,18 @@ def _provenance(comparison: Comparison, origin: dict[str, Any]) -> dict[str, str
         f"seed {split.seed}: {len(split.train):,} training, {len(split.test):,} held out, <code>{digest}</code>"
         for split, digest in zip(comparison.splits, comparison.split_hashes, strict=True)
     )
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return {
         **{escape(name): text for name, text in leakage.items()},
         "data, sha256": f"<code>{comparison.data_sha256}</code>",
         "splits, sha256": splits,
+        **origin_of(origin),
+    }
+
+
+def origin_of(origin: dict[str, Any]) -> dict[str, str]:
+    """Return the entries of a page that say by what code, where and when its numbers were made."""
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return {
         "scfm": f"{origin['scfm']}, commit <code>{origin['commit'] or 'not known (installed package)'}</code>",
         "versions": f"Python {origin['python']}, {escape(versions)}",
         "machine": escape(origin["machine"]),
