@@ -47,7 +47,7 @@ def original(shared: Path) -> dict[str, str]:
         pytest.skip("no scGPT: set SCFM_SCGPT to a folder made by pip install --no-deps scgpt==0.2.4 --target FOLDER")
     path = [place, str(shared / "prototypes/scgpt_shims")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    version = "from importlib.metadata import version; import scgpt; print(version('scgpt'))"
+    version = "from importlib.metadata import version; print(version('scgpt'))"  # importing it takes many seconds
     done = subprocess.run([sys.executable, "-c", version], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["0.2.4"], done.stderr
     return environment

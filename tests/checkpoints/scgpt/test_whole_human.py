@@ -28,6 +28,7 @@ sys.exit(failed)
 
 
 @pytest.mark.golden
+@pytest.mark.slow
 def test_whole_human_size_converts_both_ways(shared: Path, tmp_path: Path) -> None:
     layout = json.loads((shared / "golden/scgpt/published_whole_human_layout.json").read_text())
     original = tmp_path / "whole-human"
