@@ -15,10 +15,9 @@ SHARED = Path(os.environ.get("SCFM_SHARED", Path(__file__).parents[2] / "shared"
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of goldens and real data; tests that need it skip where it is absent."""
-    place = SHARED
-    if not place.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("no shared data: set SCFM_SHARED to the folder that holds golden/ and data/")
-    return place
+    return SHARED
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -42,11 +41,11 @@ reported: set[str] = set()
 unlooked: list[str] = []
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    # the report is the only thing that a process of xdist hands to the one that counts
-    item.user_properties.append(("looked_at", sorted(looked_at)))
-    looked_at.clear()
+    if looked_at:
+        # the report is the only thing that a process of xdist hands to the one that counts
+        item.user_properties.append(("looked_at", sorted(looked_at)))
+        looked_at.clear()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -189,6 +189,11 @@ def test_scores_equal_cz_benchmarks(
     assert nn.batch_entropy(with_itself, batches) == pytest.approx(wanted("integration", "entropy_per_cell"), abs=2e-3)
     assert scores[name]["asw_batch"] == pytest.approx(wanted("integration", "batch_silhouette"), abs=1e-5)
     assert scores[name]["asw_label"] == pytest.approx(wanted("embedding", "silhouette_score"), abs=1e-5)
+    # one run at resolution 1, by igraph's Leiden with seed 42: within what the goldens allow between versions of Leiden
+    distances, rows = nn.nearest(cells.obsm[name], 14)
+    labels, clusters = cells.obs["celltype"].to_numpy(str), nn.leiden(nn.fuzzy_graph(distances, rows), 1.0, 42)
+    assert nn.ari(labels, clusters) == pytest.approx(wanted("clustering", "adjusted_rand_index"), abs=0.02)
+    assert nn.nmi(labels, clusters) == pytest.approx(wanted("clustering", "normalized_mutual_info"), abs=0.02)
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
