@@ -30,8 +30,8 @@ NOT_COMPARED = {
     "integration/*/ilisi_graph": "graph LISI of scib's compiled program; we report kNN LISI, which is compared",
     "integration/*/clisi_graph": "as ilisi_graph",
     "czbenchmarks/*/label_prediction/*": PEER,
-    "perturb_celleval/*/clustering_agreement": "clusters four mean profiles, finds nothing in common, and gives the 0 its "
-    "search starts from: any other clustering that agrees in nothing would equal it",
+    "perturb_celleval/*/clustering_agreement": "clusters four mean profiles, finds nothing in common and gives the 0 "
+    "its search starts from: any other clustering that agrees in nothing would equal it",
     "perturb/models/no_change/gears_*/pearson_delta*": UNDEFINED,
     "perturb/models/no_change/scgpt_*/pearson_*delta": UNDEFINED,
     "perturb/models/no_change/gears_*/frac_*_direction_*": "the sign of rounding noise; that we find no sign is tested",
