@@ -141,7 +141,7 @@ def test_a_census_becomes_shards_that_name_the_data_set_of_each_cell(census: str
     assert report.sources[0].kept == report.cells == len(rows)
     store = open_shards(tmp_path / "out")
     column = store.obs["dataset_id"]
-    assert [column.categories[code] for code in column.codes] == census_obs()["dataset_id"][rows].tolist()
+    assert [column.categories[code] for code in np.asarray(column.codes)] == census_obs()["dataset_id"][rows].tolist()
     (block,) = store.in_turn()
     found = csr_matrix((block.values, block.genes, block.offsets), (block.n_cells, store.vocabulary.n_genes)).toarray()
     by_column = store.vocabulary.match([f"ENSG{i:011d}" for i in range(40)], [None] * 40)
