@@ -7,15 +7,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from golden_values import all_values, faults, looked_at
+
+SHARED = Path(os.environ.get("SCFM_SHARED", Path(__file__).parents[2] / "shared"))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of goldens and real data; tests that need it skip where it is absent."""
-    place = Path(os.environ.get("SCFM_SHARED", Path(__file__).parents[2] / "shared"))
-    if not place.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("no shared data: set SCFM_SHARED to the folder that holds golden/ and data/")
-    return place
+    return SHARED
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -34,6 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 outcomes: Counter[tuple[str, str]] = Counter()
+compared: set[str] = set()
+reported: set[str] = set()
+unlooked: list[str] = []
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if looked_at:
+        # the report is the only thing that a process of xdist hands to the one that counts
+        item.user_properties.append(("looked_at", sorted(looked_at)))
+        looked_at.clear()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -41,6 +53,27 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         for marker in MARKERS:
             if marker in report.keywords:
                 outcomes[marker, "skipped" if report.outcome == "skipped" else "ran"] += 1
+    if report.when == "teardown":
+        reported.add(Path(report.location[0]).name)
+        for name, places in report.user_properties:
+            if name == "looked_at":
+                compared.update(places)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run in which all tests of stored evaluation values passed, but a stored value was compared by none."""
+    if hasattr(session.config, "workerinput") or exitstatus != 0 or not SHARED.is_dir():
+        return
+    readers = {
+        path.name
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if "from golden_values import stored" in path.read_text()
+    }
+    some_left_out = session.config.option.keyword or any("::" in arg for arg in session.config.args)
+    if readers <= reported and not some_left_out:
+        unlooked.extend(faults(all_values(SHARED), compared))
+        if unlooked:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -48,6 +81,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from scgpt_cases import parity_table
 
         terminalreporter.write_line(parity_table())
+    for line in unlooked:
+        terminalreporter.write_line(f"FAILED stored evaluation values: {line}")
     for marker in MARKERS:
         ran, skipped = outcomes[marker, "ran"], outcomes[marker, "skipped"]
         terminalreporter.write_line(f"{marker} tests: {ran} ran, {skipped} skipped")

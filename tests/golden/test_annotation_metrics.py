@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_values import stored
 
 from scfm.evaluation.metrics import classification_scores
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.golden
 
 @pytest.fixture(scope="module")
 def golden(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden/evaluation/annotation_expected.json").read_text())
+    return stored(shared, "annotation")
 
 
 @pytest.mark.parametrize(
@@ -33,17 +33,32 @@ def test_scores_over_the_union_of_labels(golden: dict[str, Any], predictions: st
     np.testing.assert_allclose(scores.precision, [one["precision"] for one in per_class], atol=1e-12)
     np.testing.assert_allclose(scores.recall, [one["recall"] for one in per_class], atol=1e-12)
     np.testing.assert_allclose(scores.f1, [one["f1-score"] for one in per_class], atol=1e-12)
-    assert scores.confusion.sum(1).tolist() == [one["support"] for one in per_class]
+    support = scores.confusion.sum(1)
+    assert support.tolist() == [one["support"] for one in per_class]
+    for average, weights in (("macro avg", np.ones(len(support))), ("weighted avg", support)):
+        mine = {
+            "precision": np.average(scores.precision, weights=weights),
+            "recall": np.average(scores.recall, weights=weights),
+            "f1-score": np.average(scores.f1, weights=weights),
+            "support": support.sum(),
+        }
+        assert mine == pytest.approx(wanted["per_class"][average], abs=1e-12)
+    assert mine["f1-score"] == pytest.approx(wanted["weighted_f1"], abs=1e-12)
+    # we report neither, but our confusion matrix holds both
+    table, n = scores.confusion[:, :-1], support.sum()
+    by_chance = (support * table.sum(0)).sum() / n**2
+    agreement = np.trace(table) / n - by_chance
+    assert agreement / (1 - by_chance) == pytest.approx(wanted["cohen_kappa"], abs=1e-12)
+    spread = (1 - (support.astype(float) ** 2).sum() / n**2) * (1 - (table.sum(0).astype(float) ** 2).sum() / n**2)
+    assert agreement / np.sqrt(spread) == pytest.approx(wanted["mcc"], abs=1e-12)
 
 
 def test_macro_f1_over_true_labels_only(golden: dict[str, Any]) -> None:
     for predictions, expected in (("y_pred", "expected"), ("y_pred_with_unknown", "expected_with_unknown")):
         scores = classification_scores(golden["y_true"], golden[predictions], golden["classes"])
         assert scores.values["macro_f1"] == pytest.approx(golden[expected]["macro_f1_true_labels_only"], abs=1e-12)
-    # recall averages over the types that have cells, which is what sklearn calls balanced accuracy
-    assert scores.values["macro_recall"] == pytest.approx(
-        golden["expected_with_unknown"]["balanced_accuracy"], abs=1e-12
-    )
+        # recall averages over the types that have cells, which is what sklearn calls balanced accuracy
+        assert scores.values["macro_recall"] == pytest.approx(golden[expected]["balanced_accuracy"], abs=1e-12)
 
 
 def test_auroc_one_against_the_rest(golden: dict[str, Any]) -> None:

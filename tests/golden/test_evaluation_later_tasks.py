@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pytest
+from golden_values import stored
 
 from scfm.evaluation.metrics import imputation, network, simulation
 from scfm.evaluation.metrics.perturbation import pearson
 from scfm.evaluation.metrics.silhouette import asw_label, group_distances
 
 pytestmark = pytest.mark.golden
-
-
-def expected(shared: Path, task: str) -> dict[str, Any]:
-    return json.loads((shared / f"golden/evaluation/{task}_expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +30,15 @@ def same(mine: dict[str, float], wanted: dict[str, float | None]) -> None:
 
 @pytest.mark.parametrize("method", ["no_denoising", "gene_mean", "knn_smoothing_k15", "lowrank10_svd"])
 def test_imputation(method: str, shared: Path, cells: ad.AnnData) -> None:
-    wanted, stored = expected(shared, "imputation"), np.load(shared / "golden/evaluation/imputation.npz")
-    shape = tuple(stored["mask_shape"])
-    mask = np.unpackbits(stored["mask"])[: np.prod(shape)].reshape(shape).astype(bool)
+    wanted, arrays = stored(shared, "imputation"), np.load(shared / "golden/evaluation/imputation.npz")
+    shape = tuple(arrays["mask_shape"])
+    mask = np.unpackbits(arrays["mask"])[: np.prod(shape)].reshape(shape).astype(bool)
     assert mask.sum() == wanted["masked_entries"]
-    predicted = simulation.normalised(stored[f"masked_pred_{method}"].astype(np.float64))
+    predicted = simulation.normalised(arrays[f"masked_pred_{method}"].astype(np.float64))
     same(imputation.masked_scores(cells.X.toarray(), predicted, mask), wanted["methods"][method]["masked"])
 
-    test, denoised = stored["test_counts"].astype(np.float64), stored[f"mcv_pred_{method}"].astype(np.float64)
-    scaled = denoised * test.sum() / stored["train_counts"].sum()
+    test, denoised = arrays["test_counts"].astype(np.float64), arrays[f"mcv_pred_{method}"].astype(np.float64)
+    scaled = denoised * test.sum() / arrays["train_counts"].sum()
     mine = {
         "openproblems_mse": np.mean((simulation.normalised(test) - simulation.normalised(denoised)) ** 2),
         "openproblems_poisson_as_coded_args_swapped": imputation.poisson_loss(scaled, test),
@@ -56,11 +51,11 @@ def test_imputation(method: str, shared: Path, cells: ad.AnnData) -> None:
 def test_simulation(simulator: str, shared: Path, cells: ad.AnnData) -> None:
     from sklearn.decomposition import PCA
 
-    golden = expected(shared, "simulation")
+    golden = stored(shared, "simulation")
     wanted = golden["simulators"][simulator]
     real = cells.layers["counts"].toarray().astype(np.float64)
-    stored = np.load(shared / "golden/evaluation/simulation.npz")
-    drawn = real if simulator == "real_itself" else stored[simulator].astype(np.float64)
+    arrays = np.load(shared / "golden/evaluation/simulation.npz")
+    drawn = real if simulator == "real_itself" else arrays[simulator].astype(np.float64)
     ours, theirs = simulation.summaries(real), simulation.summaries(drawn)
     for name in ours:
         mine = simulation.distribution_distance(ours[name], theirs[name])
@@ -80,7 +75,7 @@ def test_simulation(simulator: str, shared: Path, cells: ad.AnnData) -> None:
 
 
 def test_network_edges(shared: Path) -> None:
-    golden = expected(shared, "grn")
+    golden = stored(shared, "grn")
     scores, gold = np.array([e[2] for e in golden["edges"]]), np.array([bool(e[3]) for e in golden["edges"]])
     wanted = golden["expected"]
     assert (len(scores), int(gold.sum())) == (wanted["n_edges"], wanted["n_gold"])
@@ -90,7 +85,8 @@ def test_network_edges(shared: Path) -> None:
 
 
 def test_enrichment(shared: Path) -> None:
-    wanted = expected(shared, "grn")["enrichment"]
+    wanted = stored(shared, "grn")["enrichment"]
+    assert wanted["background"] == "all 150 genes"
     background = [f"g{k}" for k in range(150)]
     p = {name: network.enrichment_p(wanted["query"], genes, background) for name, genes in wanted["gene_sets"].items()}
     assert p == pytest.approx(wanted["scipy_hypergeom_sf"], rel=1e-9)

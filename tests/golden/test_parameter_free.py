@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import pytest
+from golden_values import stored as stored_values
 
 from scfm.baselines import ParameterFree
 from scfm.baselines.inputs import read_labels
@@ -36,7 +36,7 @@ def stored(shared: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def expected(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden/evaluation/paramfree_expected.json").read_text())
+    return stored_values(shared, "paramfree")
 
 
 @pytest.fixture(scope="module")
