@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 # Two processes of one thread each: most tests gain nothing from a second thread
 test: $(VENV)/.installed-dev lint $(VENV)/peers
-	OMP_NUM_THREADS=1 SCFM_SCGPT="$(abspath $(VENV))/peers/scgpt" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 SCFM_SCGPT="$(abspath $(VENV))/peers/scgpt" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/golden --parity

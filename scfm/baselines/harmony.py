@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from scfm.baselines.hvg_pca import HVGPCA
@@ -41,6 +40,7 @@ class Harmony:
         of output.
         """
         # called directly: scanpy's wrapper expects the transposed output of harmonypy before 2.0
+        import pandas as pd
         from harmonypy import run_harmony
 
         if batch is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
@@ -72,6 +71,7 @@ def highly_variable(
         genes: How many; None for all.
         batches: (n,) names.
     """
+    import pandas as pd
     import scanpy
     from anndata import AnnData
 

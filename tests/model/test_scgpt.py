@@ -122,12 +122,16 @@ def test_cell_conditions_reach_value_decoders_but_not_the_encoder() -> None:
         assert (here.predictions[name] - there.predictions[name]).abs().max() > 1e-4
 
 
-def test_cell_without_a_known_condition_gets_zeros() -> None:
+def test_cell_without_a_known_condition_gets_the_mean_of_all() -> None:
     model = small_model(cell={"batch": 3})
     batch = pack(cell_conditions={"batch": torch.tensor([0, -1, 2, -1])})
     condition = model.backbone.conditions(batch, batch.cu_seqlens[:-1].long())
+    every = model.backbone.conditions(pack(cell_conditions={"batch": torch.tensor([0, 1, 2, 0])}), torch.arange(4))
     assert condition is not None
-    assert (condition.abs().amax(-1) > 0).tolist() == [True, False, True, False]
+    assert every is not None
+    torch.testing.assert_close(condition[[0, 2]], every[[0, 2]])
+    torch.testing.assert_close(condition[1], every[:3].mean(0))
+    torch.testing.assert_close(condition[3], every[:3].mean(0))
 
 
 def test_gene_condition_zero_adds_nothing() -> None:
