@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -86,3 +89,14 @@ def keep_memory() -> None:
             trim_threshold, mmap_threshold, largest = -1, -3, 2**30
             libc.mallopt(trim_threshold, largest)
             libc.mallopt(mmap_threshold, largest)
+
+
+@contextmanager
+def own_port() -> Iterator[None]:
+    """Let each run of a process choose its port: Lightning leaves the one it chose to all later runs, taken or not."""
+    given = "MASTER_PORT" in os.environ
+    try:
+        yield
+    finally:
+        if not given:
+            os.environ.pop("MASTER_PORT", None)

@@ -30,18 +30,11 @@ from scfm.model.attention import pick_backend
 from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import ModelConfig, Recipe, check
-from scfm.training.callbacks import (
-    BestWeights,
-    FinalValidation,
-    MetricsCsv,
-    NewestCheckpoints,
-    Patience,
-    Progress,
-    read_metrics,
-)
+from scfm.training.callbacks import MetricsCsv, Progress, read_metrics
+from scfm.training.checkpointing import BestWeights, FinalValidation, NewestCheckpoints, Patience
 from scfm.training.datamodule import CellDataModule
 from scfm.training.features import redraw_callbacks
-from scfm.training.launch import build_trainer, set_up_blocks
+from scfm.training.launch import build_trainer, own_port, set_up_blocks
 from scfm.training.module import FoundationModule
 from scfm.training.rundir import RunDirectory, is_main_process, open_run
 from scfm.training.throughput import Throughput
@@ -192,7 +185,8 @@ def fit(job: Job, run: RunDirectory) -> Path:
         if validates and run.resume_from is None and (found := measured_baselines(job, data)):
             metrics.log_metrics(found, step=0)
             progress.say(trainer, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
+    with own_port():
+        trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
     if trainer.is_global_zero:
         export(job, run, best.best_model_path)
         progress.say(trainer, f"model: {run.model}")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
-from scfm.training.callbacks import checkpoints, step_of
+from scfm.training.checkpointing import checkpoints, step_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from runs import tiny_recipe, write_shards
 
-from scfm.training.callbacks import MetricsCsv, checkpoints, clock, read_metrics
+from scfm.training.callbacks import MetricsCsv, clock, read_metrics
+from scfm.training.checkpointing import checkpoints
 from scfm.training.run import pretrain
 
 

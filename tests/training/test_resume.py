@@ -16,7 +16,8 @@ from runs import tiny_recipe, write_shards
 from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
-from scfm.training.callbacks import checkpoints, read_metrics, step_of
+from scfm.training.callbacks import read_metrics
+from scfm.training.checkpointing import checkpoints, step_of
 from scfm.training.run import pretrain
 
 STEPS = 27  # 6 steps an epoch: the run ends in the middle of the fifth
