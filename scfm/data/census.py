@@ -250,5 +250,5 @@ def _key_of(organism: str | None) -> str:
 def _open(place: str) -> Any:
     import cellxgene_census
 
-    chosen = {"census_version": place} if VERSION.fullmatch(place) else {"uri": place}
+    chosen: dict[str, Any] = {"census_version": place} if VERSION.fullmatch(place) else {"uri": place}
     return cellxgene_census.open_soma(**chosen, tiledb_config=MEMORY)
