@@ -2,8 +2,8 @@
 
     python scripts/check_docker_steps.py docker/Dockerfile.cpu
 
-Steps that need the image's system (apt-get, useradd) are named and left out. At the end, `scfm --version`, every import that
-`scfm pretrain` needs, and `pip check` run in the environment that came out.
+Steps that need the image's system (apt-get, useradd) are named and left out. At the end, `scfm --version`, the imports
+of `scfm pretrain` and `pip check` run in the environment that came out.
 """
 
 from __future__ import annotations

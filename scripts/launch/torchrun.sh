@@ -38,7 +38,8 @@ trap stop INT TERM
 code=0
 for _ in "${hosts[@]}"; do # a host that fails ends the others, which would wait for it
     wait -n || {
-        code=$?
+        failed=$?
+        ((code)) || code=$failed
         stop
     }
 done

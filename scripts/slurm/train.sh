@@ -47,10 +47,11 @@ if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
 fi
 
 step='' told='' signalled=''
+# Whatever this script was told, the tasks are told SIGUSR1: srun hands that on, but kills them when it gets SIGTERM
 # shellcheck disable=SC2329 # the traps call it
 tell() {
     told=$1 signalled=yes
-    [[ ! $step ]] || kill "-$1" "$step" 2> /dev/null || true
+    [[ ! $step ]] || kill -USR1 "$step" 2> /dev/null || true
 }
 trap 'tell USR1' USR1
 trap 'tell TERM' TERM
@@ -72,7 +73,7 @@ echo "$(date '+%F %T') exit code $code, at ${now_at:-the start}"
 if [[ $code == 0 ]]; then
     exit 0
 elif [[ $told == TERM ]]; then
-    echo "SLURM ended the job: it comes back by itself if it was pre-empted, and stays away if it was cancelled"
+    echo "told to end: not put back into the queue by this script"
 elif [[ $code == 2 ]]; then
     echo "something given to scfm cannot work (see above): not put back into the queue"
 elif [[ $now_at == "$began_at" ]]; then

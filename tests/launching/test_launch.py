@@ -1,4 +1,4 @@
-"""scripts/launch on this machine: two processes, restarts, hosts."""
+"""scripts/launch with a stand-in for scfm: restarts, signals, hosts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ pytestmark = pytest.mark.distributed
 
 BOX, TORCHRUN = "scripts/launch/box.sh", "scripts/launch/torchrun.sh"
 GIVEN = ["recipe.yaml", "shards", "run"]
-
-
-def test_box_trains_on_two_processes(real: Launchpad) -> None:
-    """Also in a shell of a SLURM allocation, which no task was started in."""
-    two = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp_fork"]
-    box = real.start(BOX, *GIVEN, *two, SLURM_NTASKS="4", SLURM_JOB_ID="7")
-    assert box.wait(100) == 0, real.log()
-    assert "2 x cpu" in (real.folder / "run" / "log.txt").read_text()
-    assert "2 x cpu" in (real.folder / "run.out").read_text()
-    assert (real.folder / "run" / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -52,13 +42,6 @@ def test_box_outlives_the_terminal_and_ends_when_told(stand_in: Launchpad) -> No
     assert box.wait(30) == 75, stand_in.log()
     assert stand_in.noted("signals") == ["rank 0: USR1", "rank 0: TERM"]
     assert f"log: run.out; stop: kill -TERM {box.pid}" in stand_in.log()
-
-
-def test_torchrun_trains_on_two_processes(real: Launchpad) -> None:
-    run = real.start(TORCHRUN, *GIVEN, "--trainer.accelerator", "cpu", PROCESSES="2")
-    assert run.wait(100) == 0, real.log()
-    assert "2 x cpu" in (real.folder / "run" / "log.txt").read_text()
-    assert (real.folder / "run" / "model" / "model.safetensors").exists()
 
 
 def test_torchrun_starts_on_every_host_in_the_same_folder(stand_in: Launchpad) -> None:

@@ -1,4 +1,4 @@
-"""The batch scripts, run without SLURM: their tasks, signals, the queue, and what they say where they do not go on."""
+"""The batch scripts without SLURM and with a stand-in for scfm: tasks, signals, the queue, and what they say."""
 
 from __future__ import annotations
 
@@ -7,47 +7,14 @@ import signal
 from pathlib import Path
 
 import pytest
-from corpora import corpus, names
 from launchpad import ROOT, Launchpad, until
-
-from scfm.data.shards import open_shards
-from scfm.training.callbacks import read_metrics
 
 pytestmark = pytest.mark.distributed
 
-SINGLE, MULTI = "scripts/slurm/single_node.sbatch", "scripts/slurm/multi_node.sbatch"
+SINGLE = "scripts/slurm/single_node.sbatch"
 BUILD = "scripts/slurm/build_corpus.sbatch"
 GIVEN = ["recipe.yaml", "shards", "run"]
 ONE_NODE = {"SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_NUM_NODES": 1}
-TWO_NODES = {"SLURM_NTASKS_PER_NODE": 1, "SLURM_JOB_NUM_NODES": 2}
-SAVES_WHEN_TOLD = any("SIGUSR1" in path.read_text() for path in (ROOT / "scfm").rglob("*.py"))
-
-
-@pytest.mark.parametrize(("script", "shape"), [(SINGLE, ONE_NODE), (MULTI, TWO_NODES)], ids=["one-node", "two-nodes"])
-def test_two_tasks_train_together(real: Launchpad, script: str, shape: dict[str, int]) -> None:
-    job = real.sbatch(script, *GIVEN, "--trainer.accelerator", "cpu", **shape)
-    assert job.wait(100) == 0, real.log()
-    assert "1 shards in shards are as they were written" in real.log()
-    assert "2 x cpu" in (real.folder / "run" / "log.txt").read_text()
-    assert (real.folder / "run" / "model" / "model.safetensors").exists()
-    assert real.noted("requeued") == []
-
-
-@pytest.mark.skipif(not SAVES_WHEN_TOLD, reason="scfm does not save at SIGUSR1 yet: the queue is tested with a stand-in")
-def test_a_run_whose_time_is_over_comes_back_and_ends(real: Launchpad) -> None:
-    steps = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "120", "--checkpoint.every_steps", "1000"]
-    job = real.sbatch(SINGLE, *GIVEN, *steps, **ONE_NODE)
-    metrics = real.folder / "run" / "metrics.csv"
-    until(lambda: job.poll() is not None or (metrics.exists() and len(metrics.read_text()) > 1500), 100)
-    os.kill(job.pid, signal.SIGUSR1)
-    assert job.wait(100) == 75, real.log()
-    assert real.noted("requeued") == [str(real.job)]
-    begun = real.log()
-    again = real.sbatch(SINGLE, *GIVEN, *steps, restarts=1, **ONE_NODE)
-    assert again.wait(100) == 0, real.log()
-    assert "from run/checkpoints/step=" in real.log().removeprefix(begun)
-    logged = [step for step, name, _ in read_metrics(metrics) if name == "train/loss"]
-    assert logged == list(range(2, 121, 2))
 
 
 def told_to_come_back(place: Launchpad) -> None:
@@ -79,12 +46,32 @@ def test_what_is_asked_of_the_run_is_verified_and_planned_once(stand_in: Launchp
     assert planned == f"plan {asked} --device h200 --gpus 2"
 
 
-def test_a_cancelled_job_saves_and_stays_away(stand_in: Launchpad) -> None:
+def test_a_job_told_to_end_saves_and_stays_away(stand_in: Launchpad) -> None:
     job = stand_in.sbatch(SINGLE, *GIVEN, DOES="train", **ONE_NODE)
     until(lambda: all((stand_in.notes / f"ready-1-{rank}").exists() for rank in (0, 1)))
-    os.killpg(job.pid, signal.SIGTERM)  # SLURM tells every process of the job
+    os.kill(job.pid, signal.SIGTERM)  # scancel --batch --signal=TERM
     assert job.wait(30) == 75, stand_in.log()
+    assert sorted(stand_in.noted("signals")) == ["rank 0: USR1", "rank 1: USR1"]
     assert (stand_in.folder / "run" / "checkpoints" / "step=000000001.ckpt").exists()
+    assert stand_in.noted("requeued") == []
+
+
+def test_a_preempted_job_comes_back(stand_in: Launchpad) -> None:
+    """SLURM tells the tasks alone, and lets them have the grace time of the partition."""
+    job = stand_in.sbatch(SINGLE, *GIVEN, DOES="train", **ONE_NODE)
+    until(lambda: all((stand_in.notes / f"ready-1-{rank}").exists() for rank in (0, 1)))
+    for rank in (0, 1):
+        os.kill(int((stand_in.notes / f"ready-1-{rank}").read_text()), signal.SIGTERM)
+    assert job.wait(30) == 75, stand_in.log()
+    assert stand_in.noted("requeued") == [str(stand_in.job)]
+
+
+def test_a_cancelled_job_stays_away(stand_in: Launchpad) -> None:
+    job = stand_in.sbatch(SINGLE, *GIVEN, DOES="train", **ONE_NODE)
+    until(lambda: all((stand_in.notes / f"ready-1-{rank}").exists() for rank in (0, 1)))
+    os.killpg(job.pid, signal.SIGTERM)  # scancel: every process of the job, srun too
+    assert job.wait(30) != 0
+    assert "not put back into the queue" in stand_in.log()
     assert stand_in.noted("requeued") == []
 
 
@@ -111,18 +98,6 @@ def test_without_scfm_or_arguments_it_says_what_to_do(stand_in: Launchpad) -> No
     assert "RECIPE SHARDS RUN [--key value ...]" in stand_in.log()
     assert stand_in.sbatch(SINGLE, *GIVEN, PATH="/usr/bin:/bin").wait(30) == 2
     assert "no scfm on PATH: activate its environment before sbatch" in stand_in.log()
-
-
-def test_a_corpus_is_built_in_parts_and_put_together(real: Launchpad) -> None:
-    corpus(real.folder / "corpus", sizes=(70, 60))
-    asked = [2, "corpus", "--out", "built", "--obs", "cell_name"]
-    one_core = {"SLURM_CPUS_PER_TASK": 1, "SLURM_MEM_PER_NODE": 4096}
-    parts = [real.sbatch(BUILD, *asked, SLURM_ARRAY_JOB_ID=7, SLURM_ARRAY_TASK_ID=i, **one_core) for i in (1, 2)]
-    assert [part.wait(100) for part in parts] == [0, 0], real.log()
-    assert not (real.folder / "built").exists()
-    assert real.sbatch(BUILD, *asked, **one_core).wait(100) == 0, real.log()
-    expected = [f"a:{i}" for i in range(70)] + [f"b:{i}" for i in range(60)]
-    assert sorted(names(open_shards(real.folder / "built"))) == sorted(expected)
 
 
 def test_a_part_whose_time_is_over_comes_back(stand_in: Launchpad) -> None:

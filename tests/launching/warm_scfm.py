@@ -14,7 +14,15 @@ import traceback
 from importlib import import_module
 from typing import NoReturn
 
-IMPORTS = ["lightning", "scfm.cli", "scfm.recipe_reader", "scfm.training.run", "scfm.data.prepare", "scfm.data.transport", "scfm.plan"]
+IMPORTS = [
+    "lightning",
+    "scfm.cli",
+    "scfm.recipe_reader",
+    "scfm.training.run",
+    "scfm.data.prepare",
+    "scfm.data.transport",
+    "scfm.plan",
+]
 
 
 def serve(place: str) -> NoReturn:
