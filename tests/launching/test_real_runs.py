@@ -40,10 +40,10 @@ def test_several_nodes(real: Launchpad) -> None:
 )
 def test_one_node_whose_time_is_over_comes_back_and_ends(real: Launchpad) -> None:
     one_node = {"SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_NUM_NODES": 1}
-    asked = [*GIVEN, *ON_CPU, "--trainer.max_steps", "120", "--checkpoint.every_steps", "1000"]
+    asked = [*GIVEN, *ON_CPU, "--trainer.max_steps", "60", "--checkpoint.every_steps", "1000"]
     job = real.sbatch("scripts/slurm/single_node.sbatch", *asked, **one_node)
     metrics = real.folder / "run" / "metrics.csv"
-    until(lambda: job.poll() is not None or (metrics.exists() and len(metrics.read_text()) > 1500), 100)
+    until(lambda: job.poll() is not None or (metrics.exists() and len(metrics.read_text()) > 1000), 100)
     os.kill(job.pid, signal.SIGUSR1)
     assert job.wait(100) == 75, real.log()
     assert real.noted("requeued") == [str(real.job)]
@@ -51,7 +51,7 @@ def test_one_node_whose_time_is_over_comes_back_and_ends(real: Launchpad) -> Non
     again = real.sbatch("scripts/slurm/single_node.sbatch", *asked, restarts=1, **one_node)
     assert again.wait(100) == 0, real.log()
     assert "from run/checkpoints/step=" in real.log().removeprefix(begun)
-    assert [step for step, name, _ in read_metrics(metrics) if name == "train/loss"] == list(range(2, 121, 2))
+    assert [step for step, name, _ in read_metrics(metrics) if name == "train/loss"] == list(range(2, 61, 2))
     assert trained_by_two(real)
 
 
