@@ -76,6 +76,9 @@ elif [[ $told == TERM ]]; then
     echo "told to end: not put back into the queue by this script"
 elif [[ $code == 2 ]]; then
     echo "something given to scfm cannot work (see above): not put back into the queue"
+elif [[ $code == 143 ]]; then
+    echo "back into the queue; it was pre-empted (SIGTERM) while it started"
+    scontrol requeue "$SLURM_JOB_ID"
 elif [[ $now_at == "$began_at" ]]; then
     echo "it got no further than where it began: not put back into the queue"
 else

@@ -56,13 +56,14 @@ def test_a_job_told_to_end_saves_and_stays_away(stand_in: Launchpad) -> None:
     assert stand_in.noted("requeued") == []
 
 
-def test_a_preempted_job_comes_back(stand_in: Launchpad) -> None:
+@pytest.mark.parametrize(("does", "code"), [("train", 75), ("start", 143)])
+def test_a_preempted_job_comes_back(stand_in: Launchpad, does: str, code: int) -> None:
     """SLURM tells the tasks alone, and lets them have the grace time of the partition."""
-    job = stand_in.sbatch(SINGLE, *GIVEN, DOES="train", **ONE_NODE)
+    job = stand_in.sbatch(SINGLE, *GIVEN, DOES=does, **ONE_NODE)
     until(lambda: all((stand_in.notes / f"ready-1-{rank}").exists() for rank in (0, 1)))
     for rank in (0, 1):
         os.kill(int((stand_in.notes / f"ready-1-{rank}").read_text()), signal.SIGTERM)
-    assert job.wait(30) == 75, stand_in.log()
+    assert job.wait(30) == code, stand_in.log()
     assert stand_in.noted("requeued") == [str(stand_in.job)]
 
 
