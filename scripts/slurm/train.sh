@@ -56,9 +56,10 @@ tell() {
 trap 'tell USR1' USR1
 trap 'tell TERM' TERM
 
-# --cpus-per-task: srun has not taken sbatch's since SLURM 22.05. --wait: the others end by themselves when a process
-# dies; where even that hangs, SLURM ends them ten minutes later. The first process writes the model when others are done.
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=600 scfm pretrain "${recipe_of_run[@]}" --resume auto &
+# --cpus-per-task: srun has not taken sbatch's since SLURM 22.05. --wait: when a process dies, those of its node end by
+# themselves, and SLURM ends those that hang on other nodes five minutes later. Not --kill-on-bad-exit: code 75 is one,
+# and the first process may still be writing the checkpoint, or in the end the model, when the others are done
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=300 scfm pretrain "${recipe_of_run[@]}" --resume auto &
 step=$!
 
 # A signal ends `wait` but not the step
