@@ -27,7 +27,7 @@ command=(
 )
 ((${#hosts[@]})) || exec "${command[@]}"
 
-printf -v remote 'cd %q && PATH=%q exec ' "$PWD" "$PATH"
+printf -v remote 'cd %q && exec env PATH=%q ' "$PWD" "$PATH"
 remote+=$(printf '%q ' "${command[@]}")
 # -tt: what runs there ends when this script does
 for host in "${hosts[@]}"; do

@@ -38,9 +38,9 @@ planned_device() {
 began_at=$(newest_checkpoint)
 echo "$(date '+%F %T') job $SLURM_JOB_ID on $nodes x $tasks, from ${began_at:-the start}"
 
-# A job that comes back was looked at before
+# A job that comes back was looked at before; shards at a URL are compared with their hashes when they are fetched
 if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-    scfm verify "$shards"
+    [[ $shards == *://* ]] || scfm verify "$shards"
     if device=$(planned_device) && [[ $device ]]; then
         scfm plan "${recipe_of_run[@]}" --device "$device" --gpus $((nodes * tasks)) || echo "not planned; going on"
     fi
