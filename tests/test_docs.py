@@ -8,9 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-
-from scfm.cli import RECIPE_VERBS, VERBS, dashed, function, split, verb_parser
-from scfm.recipe_reader import parse_recipe
+from commands import take
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("scripts/**/README.md"))]
@@ -28,17 +26,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    verb, arguments = split(shlex.split(command, comments=True)[1:])
-    place, what = VERBS[verb]
-    if verb in RECIPE_VERBS:
-        if "--from" in arguments:  # its model directory would have to exist
-            at = arguments.index("--from")
-            del arguments[at : at + 2]
-        parse_recipe(arguments, f"scfm {verb}", what, function(place))
-        return
-    parser, _ = verb_parser(f"scfm {verb}", what, function(place))
-    parser.exit_on_error = False
-    parser.parse_args([dashed(argument) for argument in arguments])
+    take(shlex.split(command, comments=True)[1:])
 
 
 def test_python_blocks_are_python() -> None:
