@@ -10,7 +10,7 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from scfm.evaluation.metrics import METRICS
-from scfm.evaluation.verdict import Difference, capitalised, leaked, signed, uninformative
+from scfm.evaluation.verdict import Difference, anchored, capitalised, leaked, signed, uninformative
 
 if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison, Run, Summary
@@ -91,7 +91,7 @@ def render(
     pictures = "".join(figure_html(number, figure) for number, figure in enumerate(figures, start=1))
     body = (
         f'<h1>{escape(title)}</h1><p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
-        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{_cost_table(comparison)}\n{notes}\n{pictures}\n"
+        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{_anchored_table(comparison)}\n{_cost_table(comparison)}\n{notes}\n{pictures}\n"
         f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
         f"<h2>Scores</h2>{definitions(_metrics(comparison))}\n"
         f"<h2>Provenance</h2>{definitions(_provenance(comparison, origin))}"
@@ -236,6 +236,29 @@ def _difference_table(differences: Sequence[Difference]) -> str:
     )
 
 
+def _anchored_table(comparison: Comparison) -> str:
+    metrics, silent = comparison.protocol.metrics, uninformative(comparison)
+    names = comparison.ranked("model", "baseline")
+
+    def cell(name: str, metric: str) -> str:
+        share = None if metric in silent else anchored(comparison, name, metric)
+        return "<td>–</td>" if share is None else f"<td>{signed(share) if share < 0 else f'{share:.3f}'}</td>"
+
+    rows = {name: "".join(cell(name, metric) for metric in metrics) for name in names}
+    lines = "".join(
+        f'<tr><td class="{comparison.kinds[name]}">{escape(name)}</td>{row}</tr>' for name, row in rows.items()
+    )
+    head = "".join(f"<th>{capitalised(METRICS[metric].title)}</th>" for metric in metrics)
+    caption = (
+        "<b>Table 3. Between the controls.</b> Mean scores, 0 being the best negative control and 1 the best positive "
+        "one; below 0 a method is worse than what knows nothing. A dash where the metric is uninformative."
+    )
+    return (
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
 def _cost_table(comparison: Comparison) -> str:
     n_cells = len(comparison.truth) if comparison.protocol.transductive else len(comparison.splits[0].test)
 
@@ -249,7 +272,7 @@ def _cost_table(comparison: Comparison) -> str:
         return "".join(f"<td>{value}</td>" for value in shown)
 
     caption = (
-        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
+        "<b>Table 4. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
         "and libraries included."
     )
     heads = ("Fit, s", "Predict, s", "Seconds per 10,000 cells", "Peak, MiB", "Parameters")

@@ -15,7 +15,7 @@ from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.page import Figure, render
 from scfm.evaluation.provenance import provenance
 from scfm.evaluation.splits import save_splits
-from scfm.evaluation.verdict import caveats, differences, leaked, uninformative
+from scfm.evaluation.verdict import anchored, caveats, differences, leaked, uninformative
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +76,12 @@ def print_report(comparison: Comparison, console: Console | None = None) -> None
             scores = [str(comparison.summary(name, metric)) for metric in protocol.terminal]
             table.add_row(marked, *scores, f"{comparison.mean_seconds(name):,.1f}", style=style, end_section=end)
     console.print(table)
+    if not protocol.transductive:
+        console.print(f"Held out: {comparison.splits[0].protocol}.", markup=False, highlight=False)
+    if any(metric in silent for metric in protocol.terminal):
+        console.print("° says nothing here: a negative control is as good.", markup=False, highlight=False)
+    if any(leaked(comparison, name) for name in comparison.kinds):
+        console.print("† was trained on what it is judged on.", markup=False, highlight=False)
     for difference in differences(comparison):
         console.print(str(difference), markup=False, highlight=False)
     for caveat in caveats(comparison):
@@ -119,6 +125,10 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
         },
         "protocols": {name: METRICS[name].protocol for name in (*protocol.metrics, *protocol.further)},
         "uninformative": silent,
+        "anchored": {
+            name: {metric: anchored(comparison, name, metric) for metric in protocol.metrics}
+            for name in comparison.ranked("model", "baseline")
+        },
         "rows": rows,
         "learning_curve": comparison.curve,
         "differences": [

@@ -91,8 +91,9 @@ def signed(value: float) -> str:
 
 
 def capitalised(name: str) -> str:
-    """Return a name fit to open a sentence; names that carry capitals of their own (kNN, scGPT) stay as they are."""
-    return name if name != name.lower() else name[:1].upper() + name[1:]
+    """Return a name fit to open a sentence; a first word with capitals of its own (kNN, scGPT) stays as it is."""
+    first = name.split(" ")[0]
+    return name if first != first.lower() else name[:1].upper() + name[1:]
 
 
 def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Difference | None:
@@ -135,10 +136,24 @@ def differences(comparison: Comparison) -> list[Difference]:
     return [replace(one, silent=one.metric in silent) for one in found if one is not None]
 
 
+def anchored(comparison: Comparison, method: str, metric: str) -> float | None:
+    """Return where a mean score lies between the controls: 0 the best that knows nothing, 1 the best that knows all.
+
+    None where it is not defined, or no positive control is ahead of the negative ones.
+    """
+    best, worst = comparison.best(metric, "positive control"), comparison.best(metric, "negative control")
+    if best is None or worst is None:
+        return None
+    at, top, bottom = (comparison.summary(name, metric).mean for name in (method, best, worst))
+    reach = (top - bottom) * (1 if METRICS[metric].higher_is_better else -1)
+    return None if reach <= 0 or np.isnan(at) else float((at - bottom) / (top - bottom))
+
+
 def uninformative(comparison: Comparison) -> dict[str, str]:
     """Return metric -> why it says nothing here: a control that must lose does as well as the best method, or better.
 
-    All models and baselines are asked: where only the models fall behind a control, it is they that are bad.
+    All models and baselines are asked: where only the models fall behind a control, it is they that are bad. Nor does a
+    metric say anything by which what knows the answer is no better than what knows nothing.
     """
     found = {}
     for metric in (*comparison.protocol.metrics, *comparison.protocol.further):
@@ -152,6 +167,13 @@ def uninformative(comparison: Comparison) -> dict[str, str]:
             found[metric] = (
                 f"{METRICS[metric].title} says nothing here: {control}, a negative control, scores {theirs:.3f}, the "
                 f"best method ({best}) {ours:.3f}."
+            )
+            continue
+        known = comparison.best(metric, "positive control")
+        if known is not None and sign * (top := comparison.summary(known, metric).mean) <= sign * theirs:
+            found[metric] = (
+                f"{METRICS[metric].title} says nothing here: {known}, which knows the answer, scores {top:.3f}, and "
+                f"{control}, a negative control, {theirs:.3f}."
             )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from scfm.baselines import OBLIGATORY, KNNOnPCA
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
 from scfm.evaluation.controls import NearestIn, Oracle, ShuffledLabels, SplitHalf, noise, random_weights
-from scfm.evaluation.metrics import FROM_CONFUSION, classification_scores, confusion_codes
+from scfm.evaluation.metrics import FROM_CONFUSION, ClassificationScores, classification_scores, confusion_codes
 from scfm.evaluation.page import Figure
 from scfm.evaluation.protocol import (
     EvaluationProtocol,
@@ -70,7 +70,7 @@ class Annotation(EvaluationProtocol):
     headline = ("macro_f1", "accuracy")
     terminal = ("macro_f1", "accuracy", "auroc")
     main = "macro_f1"
-    settings = ("full", "probe", "zero_shot", "lora", "scratch")
+    settings: ClassVar[tuple[str, ...]] = ("full", "probe", "zero_shot", "lora", "scratch")
 
     def baselines(self) -> Sequence[Method]:
         return [baseline() for baseline in OBLIGATORY[self.name]]
@@ -110,18 +110,28 @@ class Annotation(EvaluationProtocol):
             method.fit(train, cells.label, split.seed)
         with clock("predict"):
             predicted, probabilities = method.predict(test)
-        aligned = in_order(probabilities, method.classes, labels, len(split.test))
         predicted = np.asarray(predicted, dtype=str)
-        truth = cells.truth[split.test]
-        scores = classification_scores(truth, predicted, labels, aligned)
-        # means are over the types with a held-out cell in this split: the truth itself would not score 1 on others
-        here = held_out_types(truth, labels)
-        columns = [labels.index(name) for name in here]
-        scores = replace(scores, values=classification_scores(truth, predicted, here, aligned[:, columns]).values)
+        scores = self.scored(method, cells.truth[split.test], predicted, probabilities, labels)
         embedding = None
         if shown and isinstance(method, Embeds):
             embedding = np.concatenate([method.embed(cells.without_labels(split.train)), method.embed(test)])
         return Outcome(scores, predicted, embedding)
+
+    def scored(
+        self,
+        method: Any,
+        truth: NDArray[np.str_],
+        predicted: NDArray[np.str_],
+        probabilities: NDArray,
+        labels: list[str],
+    ) -> ClassificationScores:
+        """Score labels (n,) and probabilities (n, classes of the method) of held-out cells, over the label list."""
+        aligned = in_order(probabilities, method.classes, labels, len(truth))
+        scores = classification_scores(truth, predicted, labels, aligned)
+        # means are over the types with a held-out cell in this split: the truth itself would not score 1 on others
+        here = held_out_types(truth, labels)
+        columns = [labels.index(name) for name in here]
+        return replace(scores, values=classification_scores(truth, predicted, here, aligned[:, columns]).values)
 
     def resampled(self, comparison: Comparison, run: Run, metric: str) -> Resampled | None:
         from scipy.sparse import csr_matrix

@@ -17,7 +17,7 @@ from scfm.baselines import HVGPCA, OBLIGATORY
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
 from scfm.evaluation.asked import counts_of
-from scfm.evaluation.controls import NoiseEmbedding, ShuffledCells, TrueLabels, Untrained
+from scfm.evaluation.controls import NoiseEmbedding, ShuffledCells, SplitHalfEmbedding, TrueLabels, Untrained
 from scfm.evaluation.embedding_resampling import EmbeddingParts
 from scfm.evaluation.metrics import EMBEDDING, S_BATCH, S_BIO, embedding_scores
 from scfm.evaluation.page import Figure
@@ -82,6 +82,7 @@ class Integration(EvaluationProtocol):
         return [
             (NoiseEmbedding(), "negative control"),
             (ShuffledCells(), "negative control"),
+            (SplitHalfEmbedding(cells.truth), "positive control"),
             (TrueLabels(cells.truth), "positive control"),
         ]
 
