@@ -55,7 +55,7 @@ class Difference:
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
         if self.silent:
             return (
-                f"{title} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
+                f"{capitalised(title)} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
             )
         if self.outcome != "undecided":
             spans = self._spans(behind_first, lambda value: f"{value:.3f}")
@@ -165,14 +165,14 @@ def uninformative(comparison: Comparison) -> dict[str, str]:
         ours, theirs = comparison.summary(best, metric).mean, comparison.summary(control, metric).mean
         if sign * theirs >= sign * ours:
             found[metric] = (
-                f"{METRICS[metric].title} says nothing here: {control}, a negative control, scores {theirs:.3f}, the "
+                f"{capitalised(METRICS[metric].title)} says nothing here: {control}, a negative control, scores {theirs:.3f}, the "
                 f"best method ({best}) {ours:.3f}."
             )
             continue
         known = comparison.best(metric, "positive control")
         if known is not None and sign * (top := comparison.summary(known, metric).mean) <= sign * theirs:
             found[metric] = (
-                f"{METRICS[metric].title} says nothing here: {known}, which knows the answer, scores {top:.3f}, and "
+                f"{capitalised(METRICS[metric].title)} says nothing here: {known}, which knows the answer, scores {top:.3f}, and "
                 f"{control}, a negative control, {theirs:.3f}."
             )
     return found

@@ -28,6 +28,7 @@ from scfm.evaluation.protocol import (
 )
 from scfm.evaluation.splits import Split
 from scfm.evaluation.verdict import capitalised
+from scfm.model.novelty import UNASSIGNED
 
 if TYPE_CHECKING:
     import anndata
@@ -204,10 +205,17 @@ class Annotation(EvaluationProtocol):
         if rare:
             said.append(f"Fewer than 20 cells in all, so their F1 moves in large steps: {', '.join(rare)}.")
         for name in comparison.names("model", "baseline"):
-            outside = sum(int(run.scores.confusion[:, -1].sum()) for run in comparison.runs_of(name))
-            if outside:
+            runs = comparison.runs_of(name)
+            outside = sum(int(run.scores.confusion[:, -1].sum()) for run in runs)
+            unassigned = 0
+            if UNASSIGNED not in comparison.labels:
+                unassigned = sum(int((run.predicted == UNASSIGNED).sum()) for run in runs)
+            if unassigned:
+                said.append(f"{capitalised(name)} left {unassigned:,} cells {UNASSIGNED}; they count as errors.")
+            if outside > unassigned:
                 said.append(
-                    f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors."
+                    f"{capitalised(name)} gave {outside - unassigned:,} cells a label outside the list; they count as "
+                    "errors."
                 )
         return said
 

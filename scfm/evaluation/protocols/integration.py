@@ -165,6 +165,8 @@ class Integration(EvaluationProtocol):
             "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every "
             "method alike; the k-means scores are not."
         ]
+        if "kbet" not in self.further:
+            said.append("kBET is not among the scores: scib-metrics computes it (pip install 'scfm[eval]').")
         if alone:
             said.append(f"Found in one batch only, so that mixing says nothing of them: {', '.join(alone)}.")
         return said

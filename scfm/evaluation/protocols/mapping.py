@@ -25,7 +25,7 @@ class Mapping(AnnotationOfNovelTypes):
     name = "mapping"
     question = "which type a held-out cell takes over from its nearest training cells, or that they are too far to say"
     metrics = ("macro_f1", "accuracy", "known_kept", "assigned_accuracy", "auroc", "calibration_error")
-    terminal = ("macro_f1", "known_kept", "assigned_accuracy")
+    terminal = ("macro_f1", "accuracy", "known_kept")
     settings = ("index",)
 
     def baselines(self) -> Sequence[Method]:
