@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfm.errors import ScfmError
-from scfm.evaluation import plots
+from scfm.evaluation import plots, training_plots
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.page import Figure, render
 from scfm.evaluation.provenance import provenance
@@ -174,7 +174,7 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
     return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
 
-def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -> list[Figure]:
+def figures(comparison: Comparison, training: Mapping[str, training_plots.TrainingLog]) -> list[Figure]:
     """Draw the figures of a report: scores by seed, those of the task, loss curves."""
     drawn = [
         Figure(
@@ -188,7 +188,7 @@ def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -
     if training:
         drawn.append(
             Figure(
-                plots.training_curves(training),
+                training_plots.training_curves(training),
                 "Training",
                 "Losses by optimizer step; training solid, validation dashed, trivial predictions dotted.",
             )
@@ -197,7 +197,7 @@ def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -
 
 
 def write_report(
-    comparison: Comparison, out: Path, *, title: str, training: Mapping[str, plots.TrainingLog] | None = None
+    comparison: Comparison, out: Path, *, title: str, training: Mapping[str, training_plots.TrainingLog] | None = None
 ) -> Path:
     """Write report.html, metrics.json and splits.json into a folder; return the path of the page.
 

@@ -54,9 +54,7 @@ class Difference:
         ahead, behind = (self.baseline, self.model) if behind_first else (self.model, self.baseline)
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
         if self.silent:
-            return (
-                f"{capitalised(title)} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
-            )
+            return f"{capitalised(title)} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
         if self.outcome != "undecided":
             spans = self._spans(behind_first, lambda value: f"{value:.3f}")
             return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} ({spans})."
