@@ -54,7 +54,10 @@ class Difference:
         ahead, behind = (self.baseline, self.model) if behind_first else (self.model, self.baseline)
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
         if self.silent:
-            return f"{capitalised(title)} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
+            return (
+                f"{capitalised(title)} decides nothing between {self.model} and {self.baseline}: by the controls it "
+                "says nothing here."
+            )
         if self.outcome != "undecided":
             spans = self._spans(behind_first, lambda value: f"{value:.3f}")
             return f"{capitalised(ahead)} beats {behind} on {title} by {by:.3f} ({spans})."
@@ -90,7 +93,7 @@ def signed(value: float) -> str:
 
 def capitalised(name: str) -> str:
     """Return a name fit to open a sentence; a first word with capitals of its own (kNN, scGPT) stays as it is."""
-    first = name.split(" ")[0]
+    first = name.replace("-", " ").split(" ")[0]
     return name if first != first.lower() else name[:1].upper() + name[1:]
 
 
@@ -163,15 +166,15 @@ def uninformative(comparison: Comparison) -> dict[str, str]:
         ours, theirs = comparison.summary(best, metric).mean, comparison.summary(control, metric).mean
         if sign * theirs >= sign * ours:
             found[metric] = (
-                f"{capitalised(METRICS[metric].title)} says nothing here: {control}, a negative control, scores {theirs:.3f}, the "
-                f"best method ({best}) {ours:.3f}."
+                f"{capitalised(METRICS[metric].title)} says nothing here: {control}, a negative control, scores "
+                f"{theirs:.3f}, the best method ({best}) {ours:.3f}."
             )
             continue
         known = comparison.best(metric, "positive control")
         if known is not None and sign * (top := comparison.summary(known, metric).mean) <= sign * theirs:
             found[metric] = (
-                f"{capitalised(METRICS[metric].title)} says nothing here: {known}, which knows the answer, scores {top:.3f}, and "
-                f"{control}, a negative control, {theirs:.3f}."
+                f"{capitalised(METRICS[metric].title)} says nothing here: {known}, which knows the answer, scores "
+                f"{top:.3f}, and {control}, a negative control, {theirs:.3f}."
             )
     return found
 

@@ -49,11 +49,9 @@ def evaluated(place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, task: str
         return out
 
     monkeypatch.setattr(verb, "write_report", scores_alone)
-    given = {
-        name: str(place / value) if name in ("reference", "orthologs") else value for name, value in options.items()
-    }
-    data = [str(place / name) for name in given.pop("data", ["query.h5ad"])]
-    comparison = verb.evaluate(task, model=str(place / "model"), data=data, out=str(out), seeds=1, **given)
+    data = [str(place / name) for name in options.pop("data", ["query.h5ad"])]
+    files = {name: str(place / options.pop(name)) for name in ("reference", "orthologs") if name in options}
+    comparison = verb.evaluate(task, model=str(place / "model"), data=data, out=str(out), seeds=1, **files, **options)
     return comparison, json.loads((out / "metrics.json").read_text())
 
 
