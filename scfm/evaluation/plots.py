@@ -155,12 +155,12 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
     order = np.random.default_rng(0).permutation(len(labels))  # else the last type covers the others
     large = float(np.clip(9000 / held_out.sum(), 6, 20))
     edged: dict[str, Any] = {"lw": large / 40, "edgecolor": "white", "zorder": 3}
-    with new_figure(7.2, 0.9 + 4.6 / len(embeddings) + 0.17 * -(-len(look) // 3), len(embeddings)) as (
-        figure,
-        axes,
-        drawn,
-    ):
-        for axis, (title, embedding) in zip(axes, embeddings.items(), strict=True):
+    titles = [fill(title, 66 // len(embeddings)) for title in embeddings]
+    lines = max(title.count("\n") + 1 for title in titles)
+    # panels, the share of neighbours beneath them, titles above, and the legend
+    height = 0.86 * 6.8 / len(embeddings) + 0.5 + 0.18 * lines + 0.2 * -(-len(look) // 3)
+    with new_figure(7.2, height, len(embeddings)) as (figure, axes, drawn):
+        for axis, title, embedding in zip(axes, titles, embeddings.values(), strict=True):
             points = umap_of(embedding)
             for marker in dict.fromkeys(marker for _, marker in look.values()):
                 here = order[marker_of[order] == marker]
@@ -168,7 +168,7 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
                     rows = here[side[here]]
                     axis.scatter(points[rows, 0], points[rows, 1], s=size, c=hue_of[rows], marker=marker, **style)
             agreement = neighbour_agreement(embedding, labels, n_train)
-            axis.set_title(fill(title, 66 // len(embeddings)))
+            axis.set_title(title)
             axis.set_xlabel(f"neighbours of the same type: {agreement:.0%}", color=INK)
             axis.set(xticks=[], yticks=[])
             axis.spines[["left", "bottom"]].set_visible(False)

@@ -156,7 +156,7 @@ class Annotation(EvaluationProtocol):
         drawn = []
         if panels := {name: found[name] for name in comparison.ranked("model") if name in found}:
             split = comparison.splits[0]
-            panels = {f"{name}, cell embedding": panels[name] for name in list(panels)[:2]}
+            panels = {f"{name}, cell embedding": one for name, one in list(distinct(panels).items())[:2]}
             panels |= {"PCA of log expression": found[KNNOnPCA.name]} if KNNOnPCA.name in found else {}
             drawn.append(
                 Figure(
@@ -218,6 +218,15 @@ class Annotation(EvaluationProtocol):
                     "errors."
                 )
         return said
+
+
+def distinct(embeddings: dict[str, NDArray]) -> dict[str, NDArray]:
+    """Return each embedding once: settings that leave a model as it is share one."""
+    kept: dict[str, NDArray] = {}
+    for name, embedding in embeddings.items():
+        if not any(np.array_equal(embedding, one) for one in kept.values()):
+            kept[name] = embedding
+    return kept
 
 
 def held_out_types(truth: NDArray[np.str_], labels: list[str]) -> list[str]:
