@@ -3,9 +3,10 @@
 Clusters, silhouette widths, pieces of the neighbour graph and principal components are computed once, of all cells, and
 held fixed; a resample weighs cells. With equal weights the scores are those of `embedding_scores`.
 
-Scores of pairs of cells (ARI, PCR) count pairs of distinct cells. A cell that a resample holds twice agrees with itself
-and varies from itself in nothing: counted, such pairs move the PCR of a well-mixed embedding of 150 cells by twice its
-standard deviation, and the interval of a difference lies beside the difference.
+A cell that a resample holds twice is not two cells. Scores of pairs (ARI, PCR) count pairs of distinct cells, since a
+cell agrees with itself and varies from itself in nothing; entropies (NMI) are corrected for the fewer distinct cells.
+Else the PCR of a well-mixed embedding of 150 cells moves by twice its standard deviation, the NMI of an embedding that
+knows nothing doubles, and the interval of a difference lies beside the difference.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class EmbeddingParts:
     def scores(self, weights: Weights) -> dict[str, NDArray[np.float64]]:
         """Return the scores (R,) of weights (R, n), by metric; S_bio, S_batch and S_final as `embedding_scores` has."""
         n_labels = int(self.label.max()) + 1
-        table = self._cells(weights)
+        table, squares = self._cells(weights), self._cells(weights**2)
         connected = _by_category(weights * self.connected, self.label, n_labels)
         of_sample = weights[:, self.sampled]
         defined = ~np.isnan(self.mixing)
@@ -106,8 +107,8 @@ class EmbeddingParts:
         )
         before, after = (_pcr(x, self.batch, weights) for x in (self.before, self.components))
         found = {
-            "nmi_leiden": _nmi(table),
-            "ari_leiden": _ari(table, self._cells(weights**2).reshape(table.shape)),
+            "nmi_leiden": _nmi(table, squares),
+            "ari_leiden": _ari(table, squares),
             "asw_label": (_ratio(of_sample @ self.width, of_sample.sum(1)) + 1) / 2,
             "asw_batch": np.nanmean(mixed, axis=1),
             "pcr_comparison": np.maximum(_ratio(before - after, before), 0),
@@ -140,15 +141,22 @@ def _ratio(part: NDArray, whole: NDArray) -> NDArray[np.float64]:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
-def _entropy(counts: NDArray) -> NDArray[np.float64]:
-    share = counts / counts.sum(-1, keepdims=True)
-    return -(share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(-1)
+def _entropy(counts: NDArray, squares: NDArray) -> NDArray[np.float64]:
+    """Entropies of weights (..., K) summed by category, given the summed squares of weights (..., K).
+
+    To the second order n draws fall short of the entropy they are drawn from by (K - 1) / 2n (Miller 1955), K the
+    categories met; a resample is as good as (sum w)^2 / sum w^2 distinct cells, and the difference is added.
+    """
+    n = counts.sum(-1)
+    share = counts / n[..., None]
+    plain = -(share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(-1)
+    return plain + ((counts > 0).sum(-1) - 1) / 2 * (squares.sum(-1) / n**2 - 1 / n)
 
 
-def _nmi(table: NDArray) -> NDArray[np.float64]:
-    """(R,) mutual information over the mean of the two entropies, of tables (R, labels, clusters)."""
-    rows, columns = _entropy(table.sum(2)), _entropy(table.sum(1))
-    mutual = rows + columns - _entropy(table.reshape(len(table), -1))
+def _nmi(table: NDArray, squares: NDArray) -> NDArray[np.float64]:
+    """(R,) mutual information over the mean of the two entropies, of tables as those of `_ari`."""
+    rows, columns = (_entropy(table.sum(axis), squares.sum(axis)) for axis in (2, 1))
+    mutual = rows + columns - _entropy(table.reshape(len(table), -1), squares.reshape(len(table), -1))
     return _ratio(mutual, (rows + columns) / 2)
 
 

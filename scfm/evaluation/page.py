@@ -76,7 +76,7 @@ def render(
     figures: Sequence[Figure],
     origin: dict[str, Any],
 ) -> str:
-    """Return the page: verdict, tables, caveats, figures, methods, provenance, in this order."""
+    """Return the page: verdict, scores, caveats, figures, further tables, methods, provenance, in this order."""
     n_seeds = len(comparison.splits)
     split, protocol = comparison.splits[0], comparison.protocol
     held_out = "" if protocol.transductive else f" ({len(split.test):,} cells)"
@@ -91,7 +91,8 @@ def render(
     pictures = "".join(figure_html(number, figure) for number, figure in enumerate(figures, start=1))
     body = (
         f'<h1>{escape(title)}</h1><p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
-        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{_anchored_table(comparison)}\n{_cost_table(comparison)}\n{notes}\n{pictures}\n"
+        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{notes}\n{pictures}\n"
+        f"<h2>Further tables</h2>{_anchored_table(comparison)}\n{_cost_table(comparison)}\n"
         f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
         f"<h2>Scores</h2>{definitions(_metrics(comparison))}\n"
         f"<h2>Provenance</h2>{definitions(_provenance(comparison, origin))}"
@@ -242,7 +243,11 @@ def _anchored_table(comparison: Comparison) -> str:
 
     def cell(name: str, metric: str) -> str:
         share = None if metric in silent else anchored(comparison, name, metric)
-        return "<td>–</td>" if share is None else f"<td>{signed(share) if share < 0 else f'{share:.3f}'}</td>"
+        if share is None:
+            return "<td>–</td>"
+        if share < -1:
+            return "<td>&lt; −1</td>"
+        return f"<td>{signed(share) if share < 0 else f'{share:.3f}'}</td>"
 
     rows = {name: "".join(cell(name, metric) for metric in metrics) for name in names}
     lines = "".join(

@@ -76,7 +76,7 @@ def new_figure(
         figure.savefig(drawn, format="png", dpi=200, facecolor="white", metadata={"Software": None})
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
+def colours_of(comparison: Comparison) -> dict[str, str]:
     """Return a colour per method: models in warm tones, the best baseline darkest among blues, controls in grey."""
     main = comparison.protocol.main
     ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, main).mean)
@@ -94,7 +94,7 @@ def _markers(comparison: Comparison) -> dict[str, str]:
 
 def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
     """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric, a rule between the kinds."""
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
     names = comparison.ranked(*KINDS)[::-1]
     with new_figure(7.2, 0.55 + 0.29 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
         for axis, metric in zip(axes, metrics, strict=True):
@@ -216,42 +216,9 @@ def umap_rows(embeddings: Mapping[str, NDArray], colourings: Mapping[str, NDArra
     return drawn.getvalue()
 
 
-def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
-    """Draw every method's mean of one score against another, named, with lines of equal 0.6 y + 0.4 x."""
-    colours = _colours(comparison)
-    markers = {"model": "D", "baseline": "o", "negative control": "x", "positive control": "*"}
-    with new_figure(7.2, 4.4) as (_, (axis,), drawn):
-        for level in np.arange(0.1, 1.0, 0.1):
-            axis.plot([0, 1], [level / 0.6, (level - 0.4) / 0.6], color=RULE, lw=0.8, ls=":", zorder=1)
-            if level >= 0.45:
-                axis.text(1.012, (level - 0.4) / 0.6, f"{level:.1f}", color=FAINT, fontsize=7, va="center")
-        placed: list[tuple[float, float]] = []
-        for name in comparison.ranked(*KINDS):
-            at = comparison.summary(name, x).mean, comparison.summary(name, y).mean
-            kind = comparison.kinds[name]
-            axis.scatter([at[0]], [at[1]], s=44, color=colours[name], marker=markers[kind], zorder=3)
-            # names of neighbouring points stand above one another
-            below = sum(abs(at[0] - px) < 0.2 and abs(at[1] - py) < 0.045 for px, py in placed)
-            placed.append((at[0], at[1]))
-            left = at[0] > 0.72
-            axis.annotate(
-                name,
-                at,
-                xytext=(-8 if left else 8, -11 * below),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                color=INK if kind in ("model", "baseline") else FAINT,
-                fontweight="bold" if kind == "model" else "normal",
-            )
-        axis.set(xlim=(0, 1.06), ylim=(0, 1.04), xlabel=METRICS[x].title, ylabel=METRICS[y].title)
-        axis.grid()
-    return drawn.getvalue()
-
-
 def learning_curve(comparison: Comparison, metrics: Sequence[str]) -> bytes:
     """Draw scores by the number of training cells, a panel for each metric: mean over seeds, bars the deviation."""
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
     names = comparison.ranked("model", "baseline")
     markers = _markers(comparison)
     cells = {split.seed: len(split.train) for split in comparison.splits}
@@ -316,7 +283,7 @@ def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
 
 def per_class_f1(comparison: Comparison) -> bytes:
     """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
     markers = _markers(comparison)
     order = np.argsort(comparison.support, kind="stable")
     names = comparison.ranked("model", "baseline")
@@ -345,8 +312,11 @@ def per_class_f1(comparison: Comparison) -> bytes:
 
 
 def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
-    """Draw confidence against accuracy, cells of all splits together, the size of a dot by the cells in its bin."""
-    colours = _colours(comparison)
+    """Draw confidence against accuracy, cells of all splits together, the size of a dot by the cells in its bin.
+
+    Bars are 95 % Wilson intervals of the share that is right.
+    """
+    colours = colours_of(comparison)
     with new_figure(7.2, 2.9, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name in zip(axes, methods, strict=True):
             found = [run.scores.reliability for run in comparison.runs_of(name) if run.scores.reliability is not None]
@@ -358,6 +328,7 @@ def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
             )
             axis.plot([0, 1], [0, 1], color=FAINT, lw=0.9, ls=(0, (4, 3)))
             axis.plot(confidence, right, color=colours[name], lw=1.2, alpha=0.6)
+            axis.vlines(confidence, *_wilson(right, cells[used]), color=colours[name], lw=1, alpha=0.5)
             axis.scatter(confidence, right, s=12 + 160 * cells[used] / cells.sum(), color=colours[name], lw=0, zorder=3)
             axis.set_title(name)
             axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="confidence")
@@ -365,3 +336,11 @@ def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
             axis.set_box_aspect(0.8)
         axes[0].set_ylabel("share of cells labelled right")
     return drawn.getvalue()
+
+
+def _wilson(share: NDArray, n: NDArray) -> tuple[NDArray, NDArray]:
+    """Return the ends of the 95 % interval of shares of n (Wilson 1927), which never leave 0 to 1."""
+    z = 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return middle - half, middle + half

@@ -70,7 +70,7 @@ def _draw_losses(axis: Axes, log: TrainingLog) -> None:
     for hue, name in zip((*HUES[::2], *HUES[1::2]), shown, strict=False):
         _draw_metric(axis, log, name, hue, name.removesuffix("_mse"))
     for name, value in log.baselines.items():
-        _draw_level(axis, value, f"gep of the {name}")
+        _draw_level(axis, value, f"gep of the {name}", left=True)  # curves end there, and begin above
     _finish_curves(axis, len(shown))
 
 
@@ -89,10 +89,11 @@ def _draw_metric(axis: Axes, log: TrainingLog, name: str, hue: str, label: str) 
             axis.plot(*points.T, color=hue, lw=1.5, label=f"{label}, {side}", **style)
 
 
-def _draw_level(axis: Axes, value: float, text: str) -> None:
+def _draw_level(axis: Axes, value: float, text: str, left: bool = False) -> None:
     axis.axhline(value, color=FAINT, lw=1, ls=":")
     place = axis.get_yaxis_transform()  # x in shares of the panel, y in data
-    axis.text(1, value, text, transform=place, ha="right", va="bottom", fontsize=7.5, color=FAINT)
+    at: dict[str, Any] = {"x": 0.01, "ha": "left"} if left else {"x": 1, "ha": "right"}
+    axis.text(y=value, s=text, transform=place, va="bottom", fontsize=7.5, color=FAINT, **at)
 
 
 def _finish_curves(axis: Axes, columns: int) -> None:

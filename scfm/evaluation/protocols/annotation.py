@@ -183,7 +183,7 @@ class Annotation(EvaluationProtocol):
                 plots.calibration(comparison, pair),
                 "Calibration",
                 f"Held-out cells of {over}, binned by the probability of the predicted label; dots grow with the cells "
-                "in the bin; on the dashed line a method is as often right as it says.",
+                "in the bin, bars are 95% intervals; on the dashed line a method is as often right as it says.",
             ),
             *([self.learning_curve(comparison)] if comparison.curve else []),
         ]

@@ -32,6 +32,7 @@ from scfm.evaluation.protocol import (
     Step,
 )
 from scfm.evaluation.splits import Split
+from scfm.evaluation.trade_off_plot import trade_off
 
 if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison, Run
@@ -145,7 +146,7 @@ class Integration(EvaluationProtocol):
         panels = {name: found[name] for name in list(dict.fromkeys(wanted))[:SHOWN]}
         return [
             Figure(
-                plots.trade_off(comparison, "s_batch", "s_bio"),
+                trade_off(comparison, "s_batch", "s_bio"),
                 "Types kept against batches mixed",
                 "Means over seeds; dotted lines join points of equal S_final. Noise mixes batches best of all, and the "
                 "true labels show what can be reached: neither axis means anything alone.",
