@@ -91,7 +91,7 @@ def render(
     pictures = "".join(figure_html(number, figure) for number, figure in enumerate(figures, start=1))
     body = (
         f'<h1>{escape(title)}</h1><p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
-        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{notes}\n{pictures}\n"
+        f"{_score_table(comparison)}\n{_difference_table(differences, protocol.transductive)}\n{notes}\n{pictures}\n"
         f"<h2>Further tables</h2>{_anchored_table(comparison)}\n{_cost_table(comparison)}\n"
         f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
         f"<h2>Scores</h2>{definitions(_metrics(comparison))}\n"
@@ -201,7 +201,7 @@ def _scores_of(comparison: Comparison, metrics: Sequence[str], caption: str) -> 
     )
 
 
-def _difference_table(differences: Sequence[Difference]) -> str:
+def _difference_table(differences: Sequence[Difference], transductive: bool) -> str:
     if not differences:
         return ""
     words = {
@@ -223,10 +223,11 @@ def _difference_table(differences: Sequence[Difference]) -> str:
         f'<td>{one.seeds_ahead} of {one.seeds}</td><td class="text">{words[one.outcome]}</td></tr>'
         for one in differences
     )
+    held_out = "" if transductive else "held-out "
     over = f", and over {donors.units} donors and cells within them" if donors else ""
     caption = (
         "<b>Table 2. Difference to the best baseline.</b> Model minus baseline; 95% paired bootstrap interval over "
-        f"{differences[0].interval.units:,} distinct held-out cells, resampled within types{over}; what was fitted is "
+        f"{differences[0].interval.units:,} distinct {held_out}cells, resampled within types{over}; what was fitted is "
         "held fixed."
     )
     return (

@@ -129,6 +129,12 @@ def test_what_cannot_be_asked_is_said(place: Path, tmp_path: Path, monkeypatch: 
     refused("--orthologs: all cells are of human, as the model is", orthologs="orthologs.csv")
     refused("the model is of human, all cells are of mouse", data=["mouse.h5ad"], orthologs="orthologs.csv")
     refused("nothing is trained for mapping", reference="human.h5ad", setting="full")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: {known_kept: 0.8}")
+    refused("--config: nothing is trained for mapping", reference="human.h5ad", config=str(recipe))
+    refused(
+        "task.known_kept: 0.8; with --novel all methods keep 95%", "annotation", novel=["B cell"], config=str(recipe)
+    )
     cells = anndata.read_h5ad(place / "query.h5ad")
     cells.obs["cell_type"] = cells.obs["cell_type"].cat.rename_categories({"T cell": UNASSIGNED})
     cells.write_h5ad(tmp_path / "called.h5ad")

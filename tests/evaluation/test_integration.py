@@ -179,6 +179,13 @@ def test_the_report_says_transductive_and_why_a_method_failed(
     assert found["methods"]["true labels"]["kind"] == "positive control"
 
 
+def test_a_score_that_is_not_installed_is_said(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Integration, "further", ("clisi", "kbet"))
+    assert not any("kBET" in note for note in caveats(comparison))
+    monkeypatch.setattr(Integration, "further", ("clisi",))
+    assert any("pip install 'scfm[eval]'" in note for note in caveats(comparison))
+
+
 def test_there_is_nothing_to_hold_out() -> None:
     cells = LabelledCells(cells_with_donors(), "cell_type", "batch")
     with pytest.raises(ScfmError, match="integration is transductive"):

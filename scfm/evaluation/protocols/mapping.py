@@ -37,6 +37,8 @@ class Mapping(AnnotationOfNovelTypes):
 
         if given.setting not in (None, *self.settings):
             raise ScfmError(f"--setting {given.setting}: nothing is trained for mapping; leave it out")
+        if given.sections:
+            raise ScfmError("--config: nothing is trained for mapping; leave it out")
         return ReferenceMapping(given.name, load(given.path), known_share=KEPT)
 
     def scored(

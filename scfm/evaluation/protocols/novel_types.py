@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.baselines import OBLIGATORY
+from scfm.errors import ScfmError
 from scfm.evaluation.abstaining import KEPT, Abstaining
 from scfm.evaluation.metrics import ClassificationScores, abstention_scores
 from scfm.evaluation.page import Figure
@@ -48,8 +49,15 @@ class AnnotationOfNovelTypes(Annotation):
         ]
 
     def model(self, given: ModelInput) -> Method:
-        chosen = {"novel_types": "energy", **given.sections.get("task", {}), "known_kept": KEPT}
-        return super().model(replace(given, sections=merged(given.sections, {"task": chosen})))
+        task = given.sections.get("task", {})
+        if task.get("known_kept", KEPT) != KEPT:
+            raise ScfmError(
+                f"task.known_kept: {task['known_kept']}; with --novel all methods keep {KEPT:.0%} of their validation "
+                "cells, so that what they find can be compared; leave the key out"
+            )
+        score = task.get("novel_types", "none")
+        chosen = {"task": {"novel_types": "energy" if score == "none" else score}}
+        return super().model(replace(given, sections=merged(given.sections, chosen)))
 
     def untrained(self, given: ModelInput) -> Method:
         return Abstaining(super().untrained(given))
