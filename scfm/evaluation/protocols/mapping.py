@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from scfm.evaluation.page import Figure
 from scfm.evaluation.protocol import Method, ModelInput
 from scfm.evaluation.protocols.annotation import Annotation
 from scfm.evaluation.protocols.novel_types import AnnotationOfNovelTypes
+
+if TYPE_CHECKING:
+    from scfm.evaluation.harness import Comparison
 
 
 class Mapping(AnnotationOfNovelTypes):
@@ -57,7 +60,7 @@ class Mapping(AnnotationOfNovelTypes):
         calibration = reliability(probabilities.max(1), best == truth)
         return replace(scores, reliability=calibration, values=scores.values | {"calibration_error": calibration.error})
 
-    def figures(self, comparison: Any) -> list[Figure]:
+    def figures(self, comparison: Comparison) -> list[Figure]:
         return Annotation.figures(self, comparison)
 
 
@@ -68,5 +71,5 @@ class MappingOfNovelTypes(Mapping):
     metrics = AnnotationOfNovelTypes.metrics
     terminal = AnnotationOfNovelTypes.terminal
 
-    def figures(self, comparison: Any) -> list[Figure]:
+    def figures(self, comparison: Comparison) -> list[Figure]:
         return AnnotationOfNovelTypes.figures(self, comparison)

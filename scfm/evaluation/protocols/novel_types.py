@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from scfm.evaluation.protocol import Kind, LabelledCells, Method, ModelInput
 from scfm.evaluation.protocols.annotation import Annotation
 from scfm.model.novelty import UNASSIGNED
 from scfm.recipe_reader import merged
+
+if TYPE_CHECKING:
+    from scfm.evaluation.harness import Comparison
 
 
 @runtime_checkable
@@ -78,6 +81,6 @@ class AnnotationOfNovelTypes(Annotation):
         values = scores.values | abstention_scores(truth, predicted, novelty)
         return replace(scores, values={name: values[name] for name in self.metrics})
 
-    def figures(self, comparison: Any) -> list[Figure]:
+    def figures(self, comparison: Comparison) -> list[Figure]:
         # probabilities are of the known types alone: for a novel cell there is none to be right with
         return [figure for figure in super().figures(comparison) if figure.title != "Calibration"]
