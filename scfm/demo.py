@@ -53,9 +53,9 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     from scfm.data.sources import store_from_anndata
     from scfm.data.vocabulary import Gene, Vocabulary
     from scfm.evaluation.harness import compare
-    from scfm.evaluation.plots import TrainingLog
     from scfm.evaluation.report import print_report, write_report
     from scfm.evaluation.splits import stratified_split
+    from scfm.evaluation.training_plots import TrainingLog
     from scfm.recipe_reader import bundled, read_yaml
     from scfm.training.callbacks import read_metrics
 

@@ -26,7 +26,7 @@ from scfm.bench.attention import TYPES, one_thread, with_backward
 from scfm.bench.report import at_least_one, device_name, of_times, publish, significant
 from scfm.ceiling import seconds_of
 from scfm.errors import ScfmError
-from scfm.evaluation.plots import cost_by_length
+from scfm.evaluation.training_plots import cost_by_length
 from scfm.model.performer import Segments, build_mixer, default_features
 from scfm.recipe import ModelConfig, PerformerConfig
 

@@ -164,7 +164,7 @@ def from_plain(plain: dict[str, Any], vocabulary: Vocabulary, source: str) -> Mo
         heads=[of_type(HeadSpec, head, source) for head in config["heads"]],
         cell_conditions=conditions["cell"],
         gene_conditions=conditions["gene"],
-        gene_tables=conditions["gene_tables"],
+        gene_tables=conditions.get("gene_tables", {}),  # directories of before there were such have none
         genes_read=config.get("genes_read"),  # models of before it was written read all
         training_data=plain["training_data"],
     )

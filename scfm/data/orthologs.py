@@ -88,6 +88,14 @@ class Orthologs:
             sides.append(Side(organism, {name: i for i, name in enumerate(pairs[k])}, of_symbol))
         return cls(sides[0], sides[1], len(pairs), str(path))
 
+    def organism_of(self, genes: Vocabulary | AnnData) -> str:
+        """Return the organism whose genes most of those of a model or of cells are. Raises ScfmError for neither's."""
+        names, _ = wanted(genes)
+        found = {side.organism: matched(side.pairs_of(names)) for side in self.sides}
+        if not any(found.values()):
+            raise ScfmError(f"{self.file}: none of the genes is one of {' or '.join(found)}")
+        return max(found, key=lambda organism: found[organism])
+
     def translate(self, adata: AnnData, to: Vocabulary | AnnData) -> AnnData:
         """Return the cells with the genes of the other organism, under the names that `to` has for them.
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from scfm.baselines.inputs import read_labels
 from scfm.errors import ScfmError
 from scfm.evaluation.protocol import EvaluationProtocol, LabelledCells
 from scfm.evaluation.splits import Split, grouped_split, load_splits, stratified_split
+from scfm.model.novelty import UNASSIGNED
+from scfm.tasks.novel_types import novel_as_unassigned
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,21 +32,33 @@ HELD_OUT = 0.2
 
 
 def read_cells(files: Sequence[str], label: str) -> AnnData:
-    """Return the labelled cells of files; of several on the genes that all share, obs["file"] naming the file of each.
+    """Return the labelled cells of files as one, as `as_one` does. Raises ScfmError as it and `read_files` do."""
+    return as_one(read_files(files, label))
 
-    Raises ScfmError where a file has no such labels, or the files share no gene.
+
+def read_files(files: Sequence[str], label: str) -> dict[str, AnnData]:
+    """Return the labelled cells of files by the name of the file, without its ending.
+
+    Raises ScfmError where a file has no such labels, or two are called alike.
     """
     from scfm.inference import read_anndata
 
     names = [Path(file).stem for file in files]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ScfmError(f"--data: several files are called {', '.join(repeated)}; rename one")
-    parts = [labelled(read_anndata(Path(file)), label, file) for file in files]
+    return {name: labelled(read_anndata(Path(file)), label, file) for name, file in zip(names, files, strict=True)}
+
+
+def as_one(parts: Mapping[str, AnnData]) -> AnnData:
+    """Return sets of cells as one: of several on the genes that all share, obs["file"] naming the set of each cell.
+
+    Raises ScfmError where they share no gene.
+    """
     if len(parts) == 1:
-        return parts[0]
-    for part, name in zip(parts, names, strict=True):
+        return next(iter(parts.values()))
+    for name, part in parts.items():
         part.obs[FILE] = name
-    return together(dict(zip(names, parts, strict=True)))
+    return together(parts)
 
 
 def labelled(adata: AnnData, label: str, file: str) -> AnnData:
@@ -151,8 +168,9 @@ def across(reference: AnnData, query: AnnData, label: str, seeds: int) -> tuple[
 
     Raises ScfmError where they share no label or no gene.
     """
-    known = query.obs[label].astype(str).isin(set(reference.obs[label].astype(str)))
-    if not known.any():
+    learned = set(reference.obs[label].astype(str)) - {UNASSIGNED}
+    known = query.obs[label].astype(str).isin(learned | {UNASSIGNED})
+    if not (query.obs[label].astype(str).isin(learned)).any():
         raise ScfmError(f"{label!r}: the reference and the data share no label, so nothing can be predicted")
     adata = together({"reference": reference, "query": query[known.to_numpy()].copy()})
     rows = np.arange(adata.n_obs)
@@ -161,6 +179,35 @@ def across(reference: AnnData, query: AnnData, label: str, seeds: int) -> tuple[
         f"fitted on the reference, judged on the other set; {int((~known).sum())} cells of types it lacks left out"
     )
     return adata, [Split(train, test, seed, protocol) for seed in range(seeds)]
+
+
+def withhold(parts: Sequence[AnnData], label: str, novel: Collection[str]) -> None:
+    """Label the cells of novel types `Unassigned`, in place: what they should be called by who never saw such a type.
+
+    Raises ScfmError for a type that no cell has, or where cells are called `Unassigned` already.
+    """
+    import pandas as pd
+
+    truths = [read_labels(part, label) for part in parts]
+    there = sorted(set().union(*truths))
+    if missing := sorted(set(novel) - set(there)):
+        raise ScfmError(f"--novel: no cell is labelled {', '.join(missing)}; there is {', '.join(there)}")
+    if UNASSIGNED in there:
+        raise ScfmError(f"--novel: cells are labelled {UNASSIGNED} already, which is what novel ones should be called")
+    for part, truth in zip(parts, truths, strict=True):
+        part.obs[label] = pd.Categorical(novel_as_unassigned(truth, set(there) - set(novel)))
+
+
+def without_novel(splits: Sequence[Split], truth: NDArray[np.str_], novel: Collection[str]) -> list[Split]:
+    """Return splits whose training cells are of known types alone. Raises ScfmError where no novel cell is held out."""
+    found = []
+    for split in splits:
+        if UNASSIGNED not in truth[split.test]:
+            raise ScfmError(f"--novel: of {', '.join(novel)} no cell is held out (seed {split.seed})")
+        train = split.train[truth[split.train] != UNASSIGNED]
+        protocol = f"{split.protocol}; no training cell is of {', '.join(novel)}, which should be called {UNASSIGNED}"
+        found.append(replace(split, train=train, protocol=protocol))
+    return found
 
 
 def frozen_splits(file: str, adata: AnnData) -> list[Split]:

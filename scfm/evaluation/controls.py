@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from scfm.baselines.inputs import read_labels
 from scfm.errors import ScfmError
+from scfm.model.novelty import UNASSIGNED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,8 +125,9 @@ class Oracle:
     def predict(self, adata: AnnData) -> tuple[NDArray, NDArray]:
         labels = [self.known[name] for name in adata.obs_names]
         probabilities = np.array([[float(name == one) for one in self.classes] for name in labels])
-        # a cell of no training type gets the first one: as wrong as any other
-        return np.array(self.classes)[probabilities.argmax(1)], probabilities
+        # a cell of no training type gets the first one, as wrong as any other; or is known to be novel
+        found = np.array(self.classes)[probabilities.argmax(1)]
+        return np.where(np.array(labels) == UNASSIGNED, UNASSIGNED, found), probabilities
 
 
 class SplitHalf:
@@ -224,6 +226,43 @@ class TrueLabels:
         _, code = np.unique(self.labels, return_inverse=True)
         corners = np.eye(code.max() + 1, dtype=np.float32)[code]
         return corners + self.spread * np.random.default_rng(seed).standard_normal(corners.shape).astype(np.float32)
+
+
+class SplitHalfEmbedding:
+    """Batches that differ no more than random parts of one batch do, types as far apart as they are in the expression.
+
+    The ceiling that the data set: where types overlap in the principal components of a single batch, no mixing of
+    batches can tell them apart.
+
+    Args:
+        labels: (n,) types of the cells.
+    """
+
+    name = "split half"
+
+    def __init__(self, labels: NDArray[np.str_]) -> None:
+        self.labels = labels
+
+    def describe(self) -> str:
+        return (
+            "HVG + PCA; by the true labels the batches of each type are moved onto one another, and its cells change "
+            "places at random, so that batches differ as random parts of one do: the ceiling where types overlap"
+        )
+
+    def fit_embed(self, adata: AnnData, batch: str | None, seed: int) -> NDArray[np.float32]:
+        from scfm.baselines import HVGPCA
+
+        assert batch is not None  # integration names one
+        embedding, batches = HVGPCA().fit_embed(adata, batch, seed), read_labels(adata, batch)
+        rng = np.random.default_rng(seed)
+        for label in np.unique(self.labels):
+            of_type = np.flatnonzero(self.labels == label)
+            middle = embedding[of_type].mean(0)
+            for name in np.unique(batches[of_type]):
+                mine = of_type[batches[of_type] == name]
+                embedding[mine] += middle - embedding[mine].mean(0)
+            embedding[of_type] = embedding[rng.permutation(of_type)]
+        return embedding
 
 
 class Untrained:

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from scfm.errors import ScfmError
-from scfm.evaluation import asked
+from scfm.evaluation import asked, species
 from scfm.evaluation.harness import Comparison, compare
 from scfm.evaluation.leakage import TrainedOn
 from scfm.evaluation.learning_curve import learning_curve
 from scfm.evaluation.protocol import Kind, LabelledCells, Method, ModelInput
 from scfm.evaluation.protocols import protocol_of
 from scfm.evaluation.report import print_report, write_report
+
+ARCHITECTURES = {"scgpt": "scGPT", "scbert": "scBERT"}  # as people write what recipes call model.name
 
 
 def evaluate(
@@ -29,6 +31,8 @@ def evaluate(
     split: str = "random",
     held_out: Sequence[str] = (),
     splits: str | None = None,
+    orthologs: str | None = None,
+    novel: Sequence[str] = (),
     setting: str | None = None,
     config: str | None = None,
     seeds: int = 3,
@@ -41,7 +45,7 @@ def evaluate(
     reason; the exit code is then 1.
 
     Args:
-        task: annotation or integration.
+        task: annotation, integration or mapping.
         model: Model directories, separated by commas.
         data: h5ad files with raw counts and labels; several are put together on the genes they share.
         out: Folder for the report and the runs; must not exist or be empty.
@@ -52,17 +56,21 @@ def evaluate(
         split: random, donor, batch, study, species, or an obs column: whole groups of it are held out.
         held_out: The groups to hold out, by name; a fifth of them, drawn for each seed, if not given.
         splits: Frozen splits, a report's splits.json, in place of new ones.
+        orthologs: Table of orthologs, where the cells are of two organisms: all are given genes of the model's.
+        novel: Types withheld from training, by name: held-out cells of them are right where called `Unassigned`.
         setting: How models are used, separated by commas; of a task's settings the first if not given.
         config: fine-tuning recipe; the bundled one of the task if not given.
         seeds: How often everything is repeated; one seed says nothing of the spread.
         curve: For annotation, a learning curve too: with so many training cells of each type, 1 5 10 50.
         strict: Refuse models that were trained on held-out cells, or do not say what they were trained on.
     """
+    from scfm.checkpoints.native import read_model
     from scfm.data.hashing import store_hashes
+    from scfm.data.orthologs import Orthologs
     from scfm.pretrained import load
     from scfm.recipe_reader import read_yaml
 
-    protocol = protocol_of(task)
+    protocol = protocol_of(task, bool(novel))
     if seeds < 1:
         raise ScfmError(f"--seeds {seeds}: at least 1")
     folder = Path(out)
@@ -70,30 +78,46 @@ def evaluate(
         raise ScfmError(f"{folder}: is not empty; choose another --out")
     if sum((reference is not None, splits is not None, split != "random")) > 1:
         raise ScfmError("--reference, --splits and --split each say what is held out; give one of them")
+    if reference is not None and protocol.transductive:
+        raise ScfmError(f"--reference: {task} is transductive; give all files as --data")
+    if curve and novel:
+        raise ScfmError("--curve: with --novel a few cells of a type leave none to set a threshold by; leave one out")
+    paths = [Path(one) for one in model.split(",")]
     files = [data] if isinstance(data, str) else list(data)
-    adata = asked.read_cells(files, label)
-    if reference is not None:
-        if protocol.transductive:
-            raise ScfmError(f"--reference: {task} is transductive; give all files as --data")
-        adata, divided = asked.across(asked.read_cells([reference], label), adata, label, seeds)
+    parts = asked.read_files(files, label)
+    learned = asked.read_files([reference], label) if reference is not None else {}
+    said = ""
+    if orthologs is not None:
+        sets, said = species.in_one_organism(
+            [*learned.values(), *parts.values()], Orthologs.read(orthologs), read_model(paths[0]).vocabulary
+        )
+        learned, parts = dict(zip(learned, sets, strict=False)), dict(zip(parts, sets[len(learned) :], strict=True))
+    if novel:
+        asked.withhold([*learned.values(), *parts.values()], label, novel)
+    adata = asked.as_one(parts)
+    if learned:
+        adata, divided = asked.across(asked.as_one(learned), adata, label, seeds)
     cells = LabelledCells(adata, label, batch, asked.donor_column(adata, donor))
     if splits is not None:
         divided = asked.frozen_splits(splits, adata)
     elif reference is None:
         divided = asked.splits_of(protocol, cells, split, held_out, seeds)
+    if novel:
+        divided = asked.without_novel(divided, cells.truth, novel)
+    if said:
+        divided = [replace(one, protocol=f"{one.protocol}; {said}") for one in divided]
 
     if curve and protocol.transductive:
         raise ScfmError(f"--curve: {task} learns from no labels, so it has no learning curve")
     sections = read_yaml(Path(config)) if config else {}
     settings = setting.split(",") if setting else list(protocol.settings[:1])
-    paths = [Path(one) for one in model.split(",")]
     methods: list[Method] = []
     controls: list[tuple[Method, Kind]] = []
     trained_on: dict[str, TrainedOn] = {}
     hashes = None
     for path in paths:
         start = load(path)
-        name = f"{start.files.model.name} (scfm)" if len(paths) == 1 else run_name(path)
+        name = f"{ARCHITECTURES[start.files.model.name]} (scfm)" if len(paths) == 1 else run_name(path)
         known = TrainedOn.of(start.files.training_data, start.files.cell_hashes, store_hashes(start.store(adata)))
         hashes = known.cells if hashes is None else hashes
         for way in settings:

@@ -283,6 +283,8 @@ def compare(
     candidates: list[tuple[Method, Kind]] = [(method, "model") for method in methods]
     candidates += [(baseline, "baseline") for baseline in protocol.baselines()]
     candidates += sorted([*controls, *protocol.controls(cells)], key=lambda pair: KINDS.index(pair[1]))
+    if odd := [method.name for method, _ in candidates if not isinstance(method.name, str) or not method.name.strip()]:
+        raise ScfmError(f"the name of a method is text to be printed in tables; {odd[0]!r} is not")
     counted = Counter(method.name for method, _ in candidates)
     if repeated := [name for name, n in counted.items() if n > 1]:
         raise ScfmError(f"method names repeat: {', '.join(repeated)}")

@@ -60,6 +60,7 @@ class FineTuned:
         self.classes: list[str] = []
         self.tuned: PretrainedModel | None = None
         self.training_hashes: NDArray[np.uint64] | None = None
+        self.novelty: NDArray[np.float64] | None = None
 
     def describe(self) -> str:
         return SETTINGS[self.setting]
@@ -91,6 +92,7 @@ class FineTuned:
     def predict(self, adata: AnnData) -> tuple[NDArray, NDArray]:
         assert self.tuned is not None
         result = self.tuned.predict(adata.copy())
+        self.novelty = result.obs["annotation_novelty"].to_numpy() if "annotation_novelty" in result.obs else None
         return result.obs["annotation"].to_numpy(dtype=str), result.obsm["annotation_probabilities"]
 
     def embed(self, adata: AnnData) -> NDArray:

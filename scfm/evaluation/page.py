@@ -10,7 +10,7 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from scfm.evaluation.metrics import METRICS
-from scfm.evaluation.verdict import Difference, capitalised, leaked, signed, uninformative
+from scfm.evaluation.verdict import Difference, anchored, capitalised, leaked, signed, uninformative
 
 if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison, Run, Summary
@@ -76,7 +76,7 @@ def render(
     figures: Sequence[Figure],
     origin: dict[str, Any],
 ) -> str:
-    """Return the page: verdict, tables, caveats, figures, methods, provenance, in this order."""
+    """Return the page: verdict, scores, caveats, figures, further tables, methods, provenance, in this order."""
     n_seeds = len(comparison.splits)
     split, protocol = comparison.splits[0], comparison.protocol
     held_out = "" if protocol.transductive else f" ({len(split.test):,} cells)"
@@ -91,7 +91,8 @@ def render(
     pictures = "".join(figure_html(number, figure) for number, figure in enumerate(figures, start=1))
     body = (
         f'<h1>{escape(title)}</h1><p class="byline">{byline}</p>\n<div class="verdict">{verdict}</div>\n'
-        f"{_score_table(comparison)}\n{_difference_table(differences)}\n{_cost_table(comparison)}\n{notes}\n{pictures}\n"
+        f"{_score_table(comparison)}\n{_difference_table(differences, protocol.transductive)}\n{notes}\n{pictures}\n"
+        f"<h2>Further tables</h2>{_anchored_table(comparison)}\n{_cost_table(comparison)}\n"
         f"<h2>Methods</h2>{definitions({name: escape(text) for name, text in comparison.descriptions.items()})}\n"
         f"<h2>Scores</h2>{definitions(_metrics(comparison))}\n"
         f"<h2>Provenance</h2>{definitions(_provenance(comparison, origin))}"
@@ -200,7 +201,7 @@ def _scores_of(comparison: Comparison, metrics: Sequence[str], caption: str) -> 
     )
 
 
-def _difference_table(differences: Sequence[Difference]) -> str:
+def _difference_table(differences: Sequence[Difference], transductive: bool) -> str:
     if not differences:
         return ""
     words = {
@@ -222,10 +223,11 @@ def _difference_table(differences: Sequence[Difference]) -> str:
         f'<td>{one.seeds_ahead} of {one.seeds}</td><td class="text">{words[one.outcome]}</td></tr>'
         for one in differences
     )
+    held_out = "" if transductive else "held-out "
     over = f", and over {donors.units} donors and cells within them" if donors else ""
     caption = (
         "<b>Table 2. Difference to the best baseline.</b> Model minus baseline; 95% paired bootstrap interval over "
-        f"{differences[0].interval.units:,} distinct held-out cells, resampled within types{over}; what was fitted is "
+        f"{differences[0].interval.units:,} distinct {held_out}cells, resampled within types{over}; what was fitted is "
         "held fixed."
     )
     return (
@@ -233,6 +235,33 @@ def _difference_table(differences: Sequence[Difference]) -> str:
         '<th class="text">Best baseline</th><th>Difference</th><th>95% interval, cells</th>'
         f"{'<th>95% interval, donors</th>' if donors else ''}<th>Seeds ahead</th>"
         f'<th class="text">Outcome</th></tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def _anchored_table(comparison: Comparison) -> str:
+    metrics, silent = comparison.protocol.metrics, uninformative(comparison)
+    names = comparison.ranked("model", "baseline")
+
+    def cell(name: str, metric: str) -> str:
+        share = None if metric in silent else anchored(comparison, name, metric)
+        if share is None:
+            return "<td>–</td>"
+        if share < -1:
+            return "<td>&lt; −1</td>"
+        return f"<td>{signed(share) if share < 0 else f'{share:.3f}'}</td>"
+
+    rows = {name: "".join(cell(name, metric) for metric in metrics) for name in names}
+    lines = "".join(
+        f'<tr><td class="{comparison.kinds[name]}">{escape(name)}</td>{row}</tr>' for name, row in rows.items()
+    )
+    head = "".join(f"<th>{capitalised(METRICS[metric].title)}</th>" for metric in metrics)
+    caption = (
+        "<b>Table 3. Between the controls.</b> Mean scores, 0 being the best negative control and 1 the best positive "
+        "one; below 0 a method is worse than what knows nothing. A dash where the metric is uninformative."
+    )
+    return (
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>Method</th>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
     )
 
 
@@ -249,7 +278,7 @@ def _cost_table(comparison: Comparison) -> str:
         return "".join(f"<td>{value}</td>" for value in shown)
 
     caption = (
-        "<b>Table 3. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
+        "<b>Table 4. Cost.</b> Seconds are means over seeds; the peak is the largest, and of the whole process, data "
         "and libraries included."
     )
     heads = ("Fit, s", "Predict, s", "Seconds per 10,000 cells", "Peak, MiB", "Parameters")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.baselines.majority_bin import majority_bins_of
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.protocol import KINDS
 
@@ -26,15 +23,10 @@ if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison
 
 INK, FAINT, RULE = "#1d2433", "#6b7280", "#d9dde3"
-PREFIX = {"training": "train", "validation": "valid"}
-MASKED_BINS = "masked_bin_accuracy"
-LINE_OF_SIDE: dict[str, dict[str, Any]] = {
-    "training": {"ls": "-"},
-    "validation": {"ls": (0, (4, 2)), "marker": "o", "ms": 3},
-}
 # Paul Tol's muted scheme: nine hues that stay apart for all common kinds of colour blindness
 HUES = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
 MARKERS = "os^DvP"
+BASELINE_MARKERS = "os^vPX*<>"
 WARM = ("#c2410c", "#f59e0b", "#be185d", "#7c2d12", "#eab308")
 BLUES = ("#0f4c75", "#2a6f97", "#468faf", "#61a5c2", "#89c2d9", "#a8b3c1")
 STYLE: Any = {
@@ -84,7 +76,7 @@ def new_figure(
         figure.savefig(drawn, format="png", dpi=200, facecolor="white", metadata={"Software": None})
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
+def colours_of(comparison: Comparison) -> dict[str, str]:
     """Return a colour per method: models in warm tones, the best baseline darkest among blues, controls in grey."""
     main = comparison.protocol.main
     ranked = sorted(comparison.names("baseline"), key=lambda name: -comparison.summary(name, main).mean)
@@ -93,9 +85,16 @@ def _colours(comparison: Comparison) -> dict[str, str]:
     return colours | dict.fromkeys(comparison.names("negative control", "positive control"), FAINT)
 
 
+def _markers(comparison: Comparison) -> dict[str, str]:
+    """Return a marker per model (D) and baseline (each its own, as all baselines are blue)."""
+    baselines = comparison.names("baseline")
+    own = {name: BASELINE_MARKERS[k % len(BASELINE_MARKERS)] for k, name in enumerate(baselines)}
+    return dict.fromkeys(comparison.names("model"), "D") | own
+
+
 def score_dots(comparison: Comparison, metrics: Sequence[str]) -> bytes:
     """Draw every method's score: a dot per seed, a bar at the mean, one panel per metric, a rule between the kinds."""
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
     names = comparison.ranked(*KINDS)[::-1]
     with new_figure(7.2, 0.55 + 0.29 * len(names), len(metrics), sharey=True) as (_, axes, drawn):
         for axis, metric in zip(axes, metrics, strict=True):
@@ -152,22 +151,24 @@ def umap_pair(embeddings: Mapping[str, NDArray], labels: NDArray[np.str_], n_tra
         for k, name in enumerate(names[np.argsort(-counts)])
     }
     held_out = np.arange(len(labels)) >= n_train
-    with new_figure(7.2, 0.9 + 4.6 / len(embeddings) + 0.17 * -(-len(look) // 3), len(embeddings)) as (
-        figure,
-        axes,
-        drawn,
-    ):
-        for axis, (title, embedding) in zip(axes, embeddings.items(), strict=True):
+    hue_of, marker_of = (np.array([look[name][k] for name in labels]) for k in (0, 1))
+    order = np.random.default_rng(0).permutation(len(labels))  # else the last type covers the others
+    large = float(np.clip(9000 / held_out.sum(), 6, 20))
+    edged: dict[str, Any] = {"lw": large / 40, "edgecolor": "white", "zorder": 3}
+    titles = [fill(title, 66 // len(embeddings)) for title in embeddings]
+    lines = max(title.count("\n") + 1 for title in titles)
+    # panels, the share of neighbours beneath them, titles above, and the legend
+    height = 0.86 * 6.8 / len(embeddings) + 0.5 + 0.18 * lines + 0.2 * -(-len(look) // 3)
+    with new_figure(7.2, height, len(embeddings)) as (figure, axes, drawn):
+        for axis, title, embedding in zip(axes, titles, embeddings.values(), strict=True):
             points = umap_of(embedding)
-            for name, (hue, marker) in look.items():
-                of_type = labels == name
-                pale, strong = points[of_type & ~held_out], points[of_type & held_out]
-                axis.scatter(pale[:, 0], pale[:, 1], s=7, color=hue, alpha=0.28, marker=marker, lw=0)
-                axis.scatter(
-                    strong[:, 0], strong[:, 1], s=20, color=hue, marker=marker, lw=0.5, edgecolor="white", zorder=3
-                )
+            for marker in dict.fromkeys(marker for _, marker in look.values()):
+                here = order[marker_of[order] == marker]
+                for side, size, style in ((~held_out, 7, {"alpha": 0.28, "lw": 0}), (held_out, large, edged)):
+                    rows = here[side[here]]
+                    axis.scatter(points[rows, 0], points[rows, 1], s=size, c=hue_of[rows], marker=marker, **style)
             agreement = neighbour_agreement(embedding, labels, n_train)
-            axis.set_title(fill(title, 66 // len(embeddings)))
+            axis.set_title(title)
             axis.set_xlabel(f"neighbours of the same type: {agreement:.0%}", color=INK)
             axis.set(xticks=[], yticks=[])
             axis.spines[["left", "bottom"]].set_visible(False)
@@ -215,43 +216,11 @@ def umap_rows(embeddings: Mapping[str, NDArray], colourings: Mapping[str, NDArra
     return drawn.getvalue()
 
 
-def trade_off(comparison: Comparison, x: str, y: str) -> bytes:
-    """Draw every method's mean of one score against another, named, with lines of equal 0.6 y + 0.4 x."""
-    colours = _colours(comparison)
-    markers = {"model": "D", "baseline": "o", "negative control": "x", "positive control": "*"}
-    with new_figure(7.2, 4.4) as (_, (axis,), drawn):
-        for level in np.arange(0.1, 1.0, 0.1):
-            axis.plot([0, 1], [level / 0.6, (level - 0.4) / 0.6], color=RULE, lw=0.8, ls=":", zorder=1)
-            if level >= 0.45:
-                axis.text(1.012, (level - 0.4) / 0.6, f"{level:.1f}", color=FAINT, fontsize=7, va="center")
-        placed: list[tuple[float, float]] = []
-        for name in comparison.ranked(*KINDS):
-            at = comparison.summary(name, x).mean, comparison.summary(name, y).mean
-            kind = comparison.kinds[name]
-            axis.scatter([at[0]], [at[1]], s=44, color=colours[name], marker=markers[kind], zorder=3)
-            # names of neighbouring points stand above one another
-            below = sum(abs(at[0] - px) < 0.2 and abs(at[1] - py) < 0.045 for px, py in placed)
-            placed.append((at[0], at[1]))
-            left = at[0] > 0.72
-            axis.annotate(
-                name,
-                at,
-                xytext=(-8 if left else 8, -11 * below),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                color=INK if kind in ("model", "baseline") else FAINT,
-                fontweight="bold" if kind == "model" else "normal",
-            )
-        axis.set(xlim=(0, 1.06), ylim=(0, 1.04), xlabel=METRICS[x].title, ylabel=METRICS[y].title)
-        axis.grid()
-    return drawn.getvalue()
-
-
 def learning_curve(comparison: Comparison, metrics: Sequence[str]) -> bytes:
     """Draw scores by the number of training cells, a panel for each metric: mean over seeds, bars the deviation."""
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
     names = comparison.ranked("model", "baseline")
+    markers = _markers(comparison)
     cells = {split.seed: len(split.train) for split in comparison.splits}
     rows = [*comparison.curve, *(row | {"training_cells": cells[row["seed"]]} for row in comparison.rows())]
     with new_figure(7.2, 3.6, len(metrics), sharey=True) as (figure, axes, drawn):
@@ -265,8 +234,7 @@ def learning_curve(comparison: Comparison, metrics: Sequence[str]) -> bytes:
                 x, y, spread = np.array(points).T
                 model = comparison.kinds[name] == "model"
                 style: dict[str, Any] = {"color": colours[name], "lw": 1.8 if model else 1.1}
-                marker = "D" if model else "o"
-                axis.errorbar(x, y, spread, marker=marker, ms=4, elinewidth=0.8, label=name, **style)
+                axis.errorbar(x, y, spread, marker=markers[name], ms=4, elinewidth=0.8, label=name, **style)
             axis.set_xscale("log")
             axis.set_title(METRICS[metric].title)
             axis.set_xlabel("training cells")
@@ -315,7 +283,8 @@ def confusion(comparison: Comparison, methods: Sequence[str]) -> bytes:
 
 def per_class_f1(comparison: Comparison) -> bytes:
     """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
+    markers = _markers(comparison)
     order = np.argsort(comparison.support, kind="stable")
     names = comparison.ranked("model", "baseline")
     with new_figure(7.2, 1.1 + max(0.36, 0.09 * len(names)) * len(order)) as (figure, (axis,), drawn):
@@ -327,8 +296,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
             y = np.arange(len(order)) + 0.8 * (0.5 - (k + 0.5) / len(names))
             style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
             axis.hlines(y, np.nanmin(scores, axis=0), np.nanmax(scores, axis=0), lw=1.6, alpha=0.45, **style)
-            marker = "D" if comparison.kinds[name] == "model" else "o"
-            axis.scatter(np.nanmean(scores, axis=0), y, s=24, marker=marker, label=name, lw=0, **style)
+            axis.scatter(np.nanmean(scores, axis=0), y, s=24, marker=markers[name], label=name, lw=0, **style)
         labels = [f"{comparison.labels[i]}  ({comparison.support[i]:,})" for i in order]
         axis.set_yticks(range(len(order)), labels)
         axis.set_yticks(np.arange(0.5, len(order) - 1), minor=True)
@@ -344,8 +312,11 @@ def per_class_f1(comparison: Comparison) -> bytes:
 
 
 def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
-    """Draw confidence against accuracy, cells of all splits together, the size of a dot by the cells in its bin."""
-    colours = _colours(comparison)
+    """Draw confidence against accuracy, cells of all splits together, the size of a dot by the cells in its bin.
+
+    Bars are 95 % Wilson intervals of the share that is right.
+    """
+    colours = colours_of(comparison)
     with new_figure(7.2, 2.9, len(methods), sharey=True) as (_, axes, drawn):
         for axis, name in zip(axes, methods, strict=True):
             found = [run.scores.reliability for run in comparison.runs_of(name) if run.scores.reliability is not None]
@@ -357,6 +328,7 @@ def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
             )
             axis.plot([0, 1], [0, 1], color=FAINT, lw=0.9, ls=(0, (4, 3)))
             axis.plot(confidence, right, color=colours[name], lw=1.2, alpha=0.6)
+            axis.vlines(confidence, *_wilson(right, cells[used]), color=colours[name], lw=1, alpha=0.5)
             axis.scatter(confidence, right, s=12 + 160 * cells[used] / cells.sum(), color=colours[name], lw=0, zorder=3)
             axis.set_title(name)
             axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="confidence")
@@ -366,103 +338,9 @@ def calibration(comparison: Comparison, methods: Sequence[str]) -> bytes:
     return drawn.getvalue()
 
 
-@dataclass(frozen=True)
-class TrainingLog:
-    """What a training run logged.
-
-    Attributes:
-        metrics: (step, name, value) rows of its `metrics.csv`, names as `train/loss`, `valid/gep`.
-        baselines: what trivial predictions of the hidden values would cost, by name, on the scale of `valid/gep`.
-    """
-
-    metrics: Sequence[tuple[int, str, float]]
-    baselines: Mapping[str, float] = field(default_factory=dict)
-
-
-def training_curves(runs: Mapping[str, TrainingLog]) -> bytes:
-    """Draw the losses of runs, a panel each: training solid, validation dashed, trivial predictions dotted.
-
-    A run that predicts masked bins has a second panel with their accuracy.
-    """
-    accuracies = {title: log for title, log in runs.items() if logged_names(log, MASKED_BINS)}
-    with new_figure(7.2, 3.3, len(runs) + len(accuracies)) as (_, axes, drawn):
-        for axis, (title, log) in zip(axes, runs.items(), strict=False):
-            _draw_losses(axis, log)
-            axis.set_title(title)
-        squared = any(name.startswith("train/gep") for log in runs.values() for _, name, _ in log.metrics)
-        axes[0].set_ylabel("squared error, in bins" if squared else "loss")
-        for axis, (title, log) in zip(axes[len(runs) :], accuracies.items(), strict=True):
-            _draw_accuracy(axis, log)
-            axis.set_title(title)
-    return drawn.getvalue()
-
-
-def logged_names(log: TrainingLog, name: str) -> list[str]:
-    """Return the names under which a run logged a metric, of training and of validation."""
-    there = {logged for _, logged, _ in log.metrics}
-    return [f"{side}/{name}" for side in PREFIX.values() if f"{side}/{name}" in there]
-
-
-def _draw_losses(axis: Axes, log: TrainingLog) -> None:
-    from scfm.objectives import OBJECTIVES
-
-    # under cross entropy the squared error of the expected bin is what compares with predicting a mean
-    parts = [f"{name}_mse" if logged_names(log, f"{name}_mse") else name for name in OBJECTIVES]
-    # the parts say more than their weighted sum
-    shown = [name for name in parts if logged_names(log, name)] or ["loss"]
-    for hue, name in zip((*HUES[::2], *HUES[1::2]), shown, strict=False):
-        _draw_metric(axis, log, name, hue, name.removesuffix("_mse"))
-    for name, value in log.baselines.items():
-        _draw_level(axis, value, f"gep of the {name}")
-    _finish_curves(axis, len(shown))
-
-
-def _draw_accuracy(axis: Axes, log: TrainingLog) -> None:
-    _draw_metric(axis, log, MASKED_BINS, HUES[0], "masked bins")
-    for name, value in majority_bins_of(log.metrics).items():
-        _draw_level(axis, value, name)
-    axis.set_ylabel("share of masked bins told right")
-    _finish_curves(axis, 1)
-
-
-def _draw_metric(axis: Axes, log: TrainingLog, name: str, hue: str, label: str) -> None:
-    for side, style in LINE_OF_SIDE.items():
-        points = np.array([(step, value) for step, logged, value in log.metrics if logged == f"{PREFIX[side]}/{name}"])
-        if len(points):
-            axis.plot(*points.T, color=hue, lw=1.5, label=f"{label}, {side}", **style)
-
-
-def _draw_level(axis: Axes, value: float, text: str) -> None:
-    axis.axhline(value, color=FAINT, lw=1, ls=":")
-    place = axis.get_yaxis_transform()  # x in shares of the panel, y in data
-    axis.text(1, value, text, transform=place, ha="right", va="bottom", fontsize=7.5, color=FAINT)
-
-
-def _finish_curves(axis: Axes, columns: int) -> None:
-    axis.set_xlabel("optimizer step")
-    axis.grid(axis="y")
-    axis.legend(fontsize=7.5, ncols=min(columns, 3), loc="upper left", bbox_to_anchor=(-0.02, -0.2))
-
-
-def loss_curves(
-    metrics: Sequence[tuple[int, str, float]], path: Path, baselines: Mapping[str, float] | None = None
-) -> None:
-    """Write the loss curves of one run as a PNG file."""
-    path.write_bytes(training_curves({path.stem: TrainingLog(metrics, baselines or {})}))
-
-
-def cost_by_length(lengths: Sequence[int], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
-    """Draw seconds and peak MiB by the number of genes, both axes logarithmic: name -> (seconds, MiB)."""
-    colours = ("#c2410c", "#0f4c75", "#5b8db8", "#f59e0b", "#be185d")
-    with new_figure(7.2, 3.1, columns=2) as (_, axes, drawn):
-        for axis, part, what in zip(axes, (0, 1), ("seconds, forward + backward", "peak memory, MiB"), strict=True):
-            for (name, costs), colour in zip(curves.items(), colours, strict=False):
-                axis.plot(lengths, costs[part], "o-", color=colour, label=name, markersize=4)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-            axis.minorticks_off()
-            axis.set_xlabel("genes of the cell")
-            axis.set_ylabel(what)
-        axes[0].legend()
-    return drawn.getvalue()
+def _wilson(share: NDArray, n: NDArray) -> tuple[NDArray, NDArray]:
+    """Return the ends of the 95 % interval of shares of n (Wilson 1927), which never leave 0 to 1."""
+    z = 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return middle - half, middle + half

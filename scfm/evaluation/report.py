@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfm.errors import ScfmError
-from scfm.evaluation import plots
+from scfm.evaluation import plots, training_plots
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.page import Figure, render
 from scfm.evaluation.provenance import provenance
 from scfm.evaluation.splits import save_splits
-from scfm.evaluation.verdict import caveats, differences, leaked, uninformative
+from scfm.evaluation.verdict import anchored, caveats, differences, leaked, uninformative
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +76,12 @@ def print_report(comparison: Comparison, console: Console | None = None) -> None
             scores = [str(comparison.summary(name, metric)) for metric in protocol.terminal]
             table.add_row(marked, *scores, f"{comparison.mean_seconds(name):,.1f}", style=style, end_section=end)
     console.print(table)
+    if not protocol.transductive:
+        console.print(f"Held out: {comparison.splits[0].protocol}.", markup=False, highlight=False)
+    if any(metric in silent for metric in protocol.terminal):
+        console.print("° says nothing here: a negative control is as good.", markup=False, highlight=False)
+    if any(leaked(comparison, name) for name in comparison.kinds):
+        console.print("† was trained on what it is judged on.", markup=False, highlight=False)
     for difference in differences(comparison):
         console.print(str(difference), markup=False, highlight=False)
     for caveat in caveats(comparison):
@@ -119,6 +125,10 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
         },
         "protocols": {name: METRICS[name].protocol for name in (*protocol.metrics, *protocol.further)},
         "uninformative": silent,
+        "anchored": {
+            name: {metric: anchored(comparison, name, metric) for metric in protocol.metrics}
+            for name in comparison.ranked("model", "baseline")
+        },
         "rows": rows,
         "learning_curve": comparison.curve,
         "differences": [
@@ -164,7 +174,7 @@ def metrics_json(comparison: Comparison, title: str, origin: dict[str, Any]) -> 
     return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
 
-def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -> list[Figure]:
+def figures(comparison: Comparison, training: Mapping[str, training_plots.TrainingLog]) -> list[Figure]:
     """Draw the figures of a report: scores by seed, those of the task, loss curves."""
     drawn = [
         Figure(
@@ -178,7 +188,7 @@ def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -
     if training:
         drawn.append(
             Figure(
-                plots.training_curves(training),
+                training_plots.training_curves(training),
                 "Training",
                 "Losses by optimizer step; training solid, validation dashed, trivial predictions dotted.",
             )
@@ -187,7 +197,7 @@ def figures(comparison: Comparison, training: Mapping[str, plots.TrainingLog]) -
 
 
 def write_report(
-    comparison: Comparison, out: Path, *, title: str, training: Mapping[str, plots.TrainingLog] | None = None
+    comparison: Comparison, out: Path, *, title: str, training: Mapping[str, training_plots.TrainingLog] | None = None
 ) -> Path:
     """Write report.html, metrics.json and splits.json into a folder; return the path of the page.
 

@@ -55,7 +55,8 @@ class Difference:
         title, by = METRICS[self.metric].title, abs(self.interval.difference)
         if self.silent:
             return (
-                f"{title} decides nothing between {self.model} and {self.baseline}: a negative control scores as well."
+                f"{capitalised(title)} decides nothing between {self.model} and {self.baseline}: by the controls it "
+                "says nothing here."
             )
         if self.outcome != "undecided":
             spans = self._spans(behind_first, lambda value: f"{value:.3f}")
@@ -91,8 +92,9 @@ def signed(value: float) -> str:
 
 
 def capitalised(name: str) -> str:
-    """Return a name fit to open a sentence; names that carry capitals of their own (kNN, scGPT) stay as they are."""
-    return name if name != name.lower() else name[:1].upper() + name[1:]
+    """Return a name fit to open a sentence; a first word with capitals of its own (kNN, scGPT) stays as it is."""
+    first = name.replace("-", " ").split(" ")[0]
+    return name if first != first.lower() else name[:1].upper() + name[1:]
 
 
 def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Difference | None:
@@ -135,10 +137,24 @@ def differences(comparison: Comparison) -> list[Difference]:
     return [replace(one, silent=one.metric in silent) for one in found if one is not None]
 
 
+def anchored(comparison: Comparison, method: str, metric: str) -> float | None:
+    """Return where a mean score lies between the controls: 0 the best that knows nothing, 1 the best that knows all.
+
+    None where it is not defined, or no positive control is ahead of the negative ones.
+    """
+    best, worst = comparison.best(metric, "positive control"), comparison.best(metric, "negative control")
+    if best is None or worst is None:
+        return None
+    at, top, bottom = (comparison.summary(name, metric).mean for name in (method, best, worst))
+    reach = (top - bottom) * (1 if METRICS[metric].higher_is_better else -1)
+    return None if reach <= 0 or np.isnan(at) else float((at - bottom) / (top - bottom))
+
+
 def uninformative(comparison: Comparison) -> dict[str, str]:
     """Return metric -> why it says nothing here: a control that must lose does as well as the best method, or better.
 
-    All models and baselines are asked: where only the models fall behind a control, it is they that are bad.
+    All models and baselines are asked: where only the models fall behind a control, it is they that are bad. Nor does a
+    metric say anything by which what knows the answer is no better than what knows nothing.
     """
     found = {}
     for metric in (*comparison.protocol.metrics, *comparison.protocol.further):
@@ -150,8 +166,15 @@ def uninformative(comparison: Comparison) -> dict[str, str]:
         ours, theirs = comparison.summary(best, metric).mean, comparison.summary(control, metric).mean
         if sign * theirs >= sign * ours:
             found[metric] = (
-                f"{METRICS[metric].title} says nothing here: {control}, a negative control, scores {theirs:.3f}, the "
-                f"best method ({best}) {ours:.3f}."
+                f"{capitalised(METRICS[metric].title)} says nothing here: {control}, a negative control, scores "
+                f"{theirs:.3f}, the best method ({best}) {ours:.3f}."
+            )
+            continue
+        known = comparison.best(metric, "positive control")
+        if known is not None and sign * (top := comparison.summary(known, metric).mean) <= sign * theirs:
+            found[metric] = (
+                f"{capitalised(METRICS[metric].title)} says nothing here: {known}, which knows the answer, scores "
+                f"{top:.3f}, and {control}, a negative control, {theirs:.3f}."
             )
     return found
 

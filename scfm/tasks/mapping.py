@@ -139,6 +139,7 @@ class ReferenceMapping:
         self.k = k
         self.known_share = known_share
         self.classes: list[str] = []
+        self.novelty: NDArray[np.float64] | None = None
 
     @property
     def training_hashes(self) -> NDArray[np.uint64] | None:
@@ -166,7 +167,8 @@ class ReferenceMapping:
         labels = np.array(self.classes, dtype=object)[shares.argmax(axis=1)]
         if self.known_share is not None:
             limits = self.index.farthest_known(self.label, self.k, self.known_share)
-            labels[distances.mean(axis=1) > limits[shares.argmax(axis=1)]] = UNASSIGNED
+            self.novelty = distances.mean(axis=1) / limits[shares.argmax(axis=1)]
+            labels[self.novelty > 1] = UNASSIGNED
         return labels.astype(str), shares
 
     def embed(self, adata: AnnData) -> NDArray:

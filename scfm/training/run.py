@@ -25,7 +25,7 @@ from scfm.data.store import CellStore, Codes, ManyCodes
 from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
-from scfm.evaluation.plots import loss_curves
+from scfm.evaluation.training_plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives

@@ -126,6 +126,13 @@ def test_a_key_of_the_future_is_not_ignored(model: Path) -> None:
         read_model(model)
 
 
+def test_a_model_of_before_there_were_gene_tables_is_read(model: Path) -> None:
+    conditions = json.loads((model / "conditions.json").read_text())
+    del conditions["gene_tables"]
+    (model / "conditions.json").write_text(json.dumps(conditions))
+    assert read_model(model).gene_tables == {}
+
+
 def test_damage_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ScfmError, match="is not a model directory"):
         read_model(tmp_path)

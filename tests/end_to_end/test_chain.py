@@ -117,7 +117,7 @@ def test_evaluation_stands_beside_its_baselines(tmp_path: Path, scfm: CommandLin
     for printed, folder in ((across, "across"), (within, "within")):
         scores = json.loads((tmp_path / folder / "metrics.json").read_text())
         methods = {row["method"] for row in scores["rows"]}
-        assert {"scgpt (scfm)", "majority class", "kNN on PCA", "logistic regression"} <= methods
+        assert {"scGPT (scfm)", "majority class", "kNN on PCA", "logistic regression"} <= methods
         assert {row["seed"] for row in scores["rows"]} == {0, 1}
         assert "logistic regression" in printed
         # the model was pretrained on the reference: on nothing of the query, and on all held-out cells of the reference
@@ -128,7 +128,7 @@ def test_evaluation_stands_beside_its_baselines(tmp_path: Path, scfm: CommandLin
             assert "†" not in printed
         else:
             assert all(cells == 18 and 9 <= n <= 18 for cells, n in seen)
-            assert "scgpt (scfm) †" in printed
+            assert "scGPT (scfm) †" in printed
 
 
 def test_scbert_small_pretrains_from_the_same_shards_and_embeds(tmp_path: Path, scfm: CommandLine) -> None:

@@ -150,6 +150,8 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare([], adata, "type", [], task=QUICK)
     with pytest.raises(ScfmError, match="method names repeat"):
         compare([Oracle(adata, name="kNN on PCA")], adata, "type", [split], task=QUICK)
+    with pytest.raises(ScfmError, match="the name of a method is text to be printed in tables; 3 is not"):
+        compare([Oracle(adata, name=3)], adata, "type", [split], task=QUICK)  # type: ignore[arg-type]
     with pytest.raises(ScfmError, match="integration: names no batch column"):
         compare([], adata, "type", [split], task="integration")
 

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from cells import made_up_cells
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from scfm.baselines import HVGPCA
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
 from scfm.evaluation.asked import splits_of
+from scfm.evaluation.controls import SplitHalfEmbedding
 from scfm.evaluation.embedding_resampling import EmbeddingParts
 from scfm.evaluation.harness import Comparison, compare
 from scfm.evaluation.metrics import embedding_scores
+from scfm.evaluation.metrics.embedding import principal_component_regression
 from scfm.evaluation.protocol import LabelledCells
 from scfm.evaluation.protocols.integration import Integration
 from scfm.evaluation.report import write_report
@@ -89,8 +92,25 @@ def test_controls_bound_what_the_scores_can_say(comparison: Comparison) -> None:
     assert of["noise embedding"] < 0.4 < 0.9 < of["seer"]
     assert of["shuffled cells"] < 0.4
     assert of["true labels"] > 0.9
+    assert of["noise embedding"] < of["split half"] <= of["true labels"]
     # noise mixes batches as well as anything does
     assert comparison.summary("noise embedding", "asw_batch").mean > 0.9
+
+
+def test_in_the_ceiling_types_stay_as_they_are_and_batches_differ_as_by_chance() -> None:
+    adata = made_up_cells(120)
+    batches, labels = (adata.obs[name].to_numpy(dtype=str) for name in ("batch", "cell_type"))
+    counts = adata.X.toarray()
+    counts[batches == "batch1", ::4] += 20
+    adata.X = csr_matrix(counts)
+    apart = HVGPCA().fit_embed(adata, "batch", 0)
+    ceiling = SplitHalfEmbedding(labels).fit_embed(adata, "batch", 0)
+    explained = [principal_component_regression(embedding, batches) for embedding in (apart, ceiling)]
+    assert explained[0] > 0.1
+    assert explained[1] < 0.2 * explained[0]
+    for name in np.unique(labels):
+        middles = [embedding[labels == name].mean(0) for embedding in (ceiling, apart)]
+        np.testing.assert_allclose(*middles, atol=1e-4, rtol=0)
 
 
 def test_a_score_that_noise_wins_decides_nothing(comparison: Comparison) -> None:
@@ -121,6 +141,15 @@ def test_the_bootstrap_scores_equal_the_scores(comparison: Comparison) -> None:
     once = parts.scores(np.ones((1, 120)))
     for metric in EmbeddingParts.METRICS:
         assert once[metric][0] == pytest.approx(scores[metric], abs=1e-9), metric
+    # a cell that is drawn twice is not two cells: resamples scatter around the score, not beside it
+    rng = np.random.default_rng(1)
+    drawn = np.array([np.bincount(rng.integers(120, size=120), minlength=120) for _ in range(400)], dtype=float)
+    again = parts.scores(drawn)
+    for metric in ("pcr_comparison", "nmi_leiden", "ari_leiden", "asw_label", "graph_connectivity"):
+        assert again[metric].mean() == pytest.approx(scores[metric], abs=0.25 * again[metric].std() + 1e-9), metric
+    shuffled = EmbeddingParts.of(rng.permutation(embedding), labels, batches, before, seed=3)
+    nothing = shuffled.scores(np.ones((1, 120)))["nmi_leiden"][0]
+    assert shuffled.scores(drawn)["nmi_leiden"].mean() == pytest.approx(nothing, rel=0.35)  # twice it if not corrected
     # of a type that no resample draws nothing is known, and nothing is made up
     without_c = parts.scores((labels != "c")[None].astype(float))
     assert all(np.isfinite(without_c[metric]).all() for metric in EmbeddingParts.METRICS)
@@ -148,6 +177,13 @@ def test_the_report_says_transductive_and_why_a_method_failed(
     assert found["transductive"] is True
     assert [failure["seed"] for failure in found["failures"]] == [0, 1]
     assert found["methods"]["true labels"]["kind"] == "positive control"
+
+
+def test_a_score_that_is_not_installed_is_said(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Integration, "further", ("clisi", "kbet"))
+    assert not any("kBET" in note for note in caveats(comparison))
+    monkeypatch.setattr(Integration, "further", ("clisi",))
+    assert any("pip install 'scfm[eval]'" in note for note in caveats(comparison))
 
 
 def test_there_is_nothing_to_hold_out() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comparisons import compared, with_confusion
 
-from scfm.evaluation import plots
+from scfm.evaluation import plots, training_plots
 from scfm.evaluation.harness import Comparison
 
 PNG = b"\x89PNG"
@@ -69,7 +69,7 @@ def test_curves_beside_predict_the_mean_are_squared_errors() -> None:
 
     rows = [(step, f"train/{name}", value) for step in (1, 2) for name, value in (("gep", 3.0), ("gep_mse", 40.0))]
     axis = Figure().subplots()
-    plots._draw_losses(axis, plots.TrainingLog(rows, {"gene mean": 44.0}))
+    training_plots._draw_losses(axis, training_plots.TrainingLog(rows, {"gene mean": 44.0}))
     curve, baseline = axis.get_lines()
     assert list(curve.get_ydata()) == [40.0, 40.0]
     assert list(baseline.get_ydata()) == [44.0, 44.0]
@@ -78,7 +78,7 @@ def test_curves_beside_predict_the_mean_are_squared_errors() -> None:
 def test_loss_curves_of_a_run_are_written_to_a_file(tmp_path: Path) -> None:
     names = ("train/gep", "train/loss", "valid/gep", "valid/loss")
     metrics = [(step, name, 9.0 / step) for step in (1, 2, 3) for name in names]
-    plots.loss_curves(metrics, tmp_path / "with.png", baselines={"gene mean": 5.0})
-    plots.loss_curves(metrics, tmp_path / "without.png")
+    training_plots.loss_curves(metrics, tmp_path / "with.png", baselines={"gene mean": 5.0})
+    training_plots.loss_curves(metrics, tmp_path / "without.png")
     assert (tmp_path / "with.png").read_bytes().startswith(PNG)
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from scfm.errors import ScfmError
 from scfm.evaluation.harness import Comparison
-from scfm.evaluation.plots import TrainingLog
 from scfm.evaluation.report import print_report, write_report
 from scfm.evaluation.splits import load_splits
+from scfm.evaluation.training_plots import TrainingLog
 
 LOG = TrainingLog([(1, "train/cls", 2.0), (2, "train/cls", 1.0), (2, "valid/cls", 1.5)])
 

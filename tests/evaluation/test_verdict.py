@@ -12,7 +12,17 @@ from comparisons import compared, with_confusion
 from scfm.errors import ScfmError
 from scfm.evaluation.bootstrap import Interval
 from scfm.evaluation.leakage import Leakage
-from scfm.evaluation.verdict import Difference, against_best_baseline, capitalised, caveats, differences, signed
+from scfm.evaluation.protocol import Kind
+from scfm.evaluation.verdict import (
+    Difference,
+    against_best_baseline,
+    anchored,
+    capitalised,
+    caveats,
+    differences,
+    signed,
+    uninformative,
+)
 
 
 def sentence(difference: float, low: float, high: float) -> str:
@@ -43,6 +53,8 @@ def test_numbers_and_names_are_typeset() -> None:
     assert [signed(value) for value in (0.1234, -0.1234, -0.0001)] == ["+0.123", "−0.123", "0.000"]
     assert capitalised("logistic regression") == "Logistic regression"
     assert capitalised("kNN on PCA") == "kNN on PCA"
+    assert capitalised("macro-F1") == "Macro-F1"
+    assert capitalised("parameter-free PCA + LR") == "Parameter-free PCA + LR"
 
 
 def test_a_perfect_model_beats_the_best_baseline_in_every_seed() -> None:
@@ -66,6 +78,31 @@ def test_without_a_baseline_there_is_no_verdict() -> None:
     comparison = compared(seeds=1)
     with pytest.raises(ScfmError, match="no baseline"):
         against_best_baseline(replace(comparison, kinds={"oracle": "model"}), "oracle", "macro_f1")
+
+
+def test_scores_are_placed_between_the_controls() -> None:
+    comparison = compared(wrong=0.3)
+    bottom = comparison.summary(str(comparison.best("accuracy", "negative control")), "accuracy").mean
+    at = comparison.summary("oracle", "accuracy").mean
+    assert anchored(comparison, "true labels", "accuracy") == 1
+    assert anchored(comparison, "oracle", "accuracy") == pytest.approx((at - bottom) / (1 - bottom))
+    assert anchored(comparison, "noise embedding", "accuracy") <= 0
+    without = replace(comparison, kinds={name: kind for name, kind in comparison.kinds.items() if kind == "model"})
+    assert anchored(without, "oracle", "accuracy") is None
+    # the lower the better: the truth, which is never wrong about its confidence, stands at 1 all the same
+    assert anchored(comparison, "true labels", "calibration_error") == 1
+
+
+def test_a_metric_by_which_the_truth_is_no_better_than_noise_says_nothing() -> None:
+    comparison = compared()
+    swapped: dict[str, Kind] = {"noise embedding": "positive control", "true labels": "negative control"}
+    silent = uninformative(replace(comparison, kinds=comparison.kinds | swapped))
+    assert "says nothing here: true labels, a negative control" in silent["accuracy"]
+    truth_loses = {"shuffled labels": "positive control", "split half": "negative control", "true labels": "baseline"}
+    silent = uninformative(
+        replace(comparison, kinds={**comparison.kinds, **truth_loses, "noise embedding": "baseline"})
+    )
+    assert silent["macro_f1"].startswith("Macro-F1 says nothing here: shuffled labels, which knows the answer, scores")
 
 
 def test_one_seed_is_called_one_seed() -> None:

@@ -37,6 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> scfm.PretrainedModel:
     return scfm.load(pretrain(scbert_recipe(write_shards(place / "shards"), place / "run")))
 
 
+@pytest.fixture(scope="module")
+def tuned(model: scfm.PretrainedModel) -> scfm.PretrainedModel:
+    return model.finetune(made_up_cells(150, seed=7), **QUICK)
+
+
 def recipe_named(name: str, model: scfm.PretrainedModel) -> Recipe:
     return read_recipe(bundled(f"finetune/{name}.yaml"), {}, like(model.files))
 
@@ -108,8 +113,7 @@ def test_recipes_change_how_features_are_drawn_and_keep_the_models_shape(
     assert performer.head_width == model.files.model.performer.head_width == 8
 
 
-def test_it_learns_types_from_a_number_per_gene(model: scfm.PretrainedModel, tmp_path: Path) -> None:
-    tuned = model.finetune(made_up_cells(150, seed=7), **QUICK)
+def test_it_learns_types_from_a_number_per_gene(tuned: scfm.PretrainedModel, tmp_path: Path) -> None:
     (head,) = tuned.files.heads
     assert (head.kind, head.labels) == ("genes", TYPES)
     assert tuned.network.heads["annotation"].linear1.in_features == 60 + 1  # `<cls>` is the last
@@ -120,8 +124,7 @@ def test_it_learns_types_from_a_number_per_gene(model: scfm.PretrainedModel, tmp
     np.testing.assert_array_equal(again.obsm["annotation_probabilities"], result.obsm["annotation_probabilities"])
 
 
-def test_features_stay_those_of_pretraining(model: scfm.PretrainedModel) -> None:
-    tuned = model.finetune(made_up_cells(60, seed=7), **QUICK)
+def test_features_stay_those_of_pretraining(model: scfm.PretrainedModel, tuned: scfm.PretrainedModel) -> None:
     for before, after in zip(model.network.backbone.blocks, tuned.network.backbone.blocks, strict=True):
         assert torch.equal(before.mixer.projection, after.mixer.projection)
 

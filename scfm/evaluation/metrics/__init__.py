@@ -20,10 +20,12 @@ from scfm.evaluation.metrics.classification import (
 )
 from scfm.evaluation.metrics.embedding import EMBEDDING, S_BATCH, S_BIO, embedding_scores
 from scfm.evaluation.metrics.metric import Metric
+from scfm.evaluation.metrics.novel_types import ABSTENTION, abstention_scores
 
-METRICS: dict[str, Metric] = {**CLASSIFICATION, **EMBEDDING}
+METRICS: dict[str, Metric] = {**CLASSIFICATION, **ABSTENTION, **EMBEDDING}
 
 __all__ = [
+    "ABSTENTION",
     "CALIBRATION_BINS",
     "CLASSIFICATION",
     "EMBEDDING",
@@ -34,6 +36,7 @@ __all__ = [
     "ClassificationScores",
     "Metric",
     "Reliability",
+    "abstention_scores",
     "accuracy",
     "auroc",
     "classification_scores",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from scfm.baselines import OBLIGATORY, KNNOnPCA
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
 from scfm.evaluation.controls import NearestIn, Oracle, ShuffledLabels, SplitHalf, noise, random_weights
-from scfm.evaluation.metrics import FROM_CONFUSION, classification_scores, confusion_codes
+from scfm.evaluation.metrics import FROM_CONFUSION, ClassificationScores, classification_scores, confusion_codes
 from scfm.evaluation.page import Figure
 from scfm.evaluation.protocol import (
     EvaluationProtocol,
@@ -28,6 +28,7 @@ from scfm.evaluation.protocol import (
 )
 from scfm.evaluation.splits import Split
 from scfm.evaluation.verdict import capitalised
+from scfm.model.novelty import UNASSIGNED
 
 if TYPE_CHECKING:
     import anndata
@@ -70,7 +71,7 @@ class Annotation(EvaluationProtocol):
     headline = ("macro_f1", "accuracy")
     terminal = ("macro_f1", "accuracy", "auroc")
     main = "macro_f1"
-    settings = ("full", "probe", "zero_shot", "lora", "scratch")
+    settings: ClassVar[tuple[str, ...]] = ("full", "probe", "zero_shot", "lora", "scratch")
 
     def baselines(self) -> Sequence[Method]:
         return [baseline() for baseline in OBLIGATORY[self.name]]
@@ -110,18 +111,28 @@ class Annotation(EvaluationProtocol):
             method.fit(train, cells.label, split.seed)
         with clock("predict"):
             predicted, probabilities = method.predict(test)
-        aligned = in_order(probabilities, method.classes, labels, len(split.test))
         predicted = np.asarray(predicted, dtype=str)
-        truth = cells.truth[split.test]
-        scores = classification_scores(truth, predicted, labels, aligned)
-        # means are over the types with a held-out cell in this split: the truth itself would not score 1 on others
-        here = held_out_types(truth, labels)
-        columns = [labels.index(name) for name in here]
-        scores = replace(scores, values=classification_scores(truth, predicted, here, aligned[:, columns]).values)
+        scores = self.scored(method, cells.truth[split.test], predicted, probabilities, labels)
         embedding = None
         if shown and isinstance(method, Embeds):
             embedding = np.concatenate([method.embed(cells.without_labels(split.train)), method.embed(test)])
         return Outcome(scores, predicted, embedding)
+
+    def scored(
+        self,
+        method: Any,
+        truth: NDArray[np.str_],
+        predicted: NDArray[np.str_],
+        probabilities: NDArray,
+        labels: list[str],
+    ) -> ClassificationScores:
+        """Score labels (n,) and probabilities (n, classes of the method) of held-out cells, over the label list."""
+        aligned = in_order(probabilities, method.classes, labels, len(truth))
+        scores = classification_scores(truth, predicted, labels, aligned)
+        # means are over the types with a held-out cell in this split: the truth itself would not score 1 on others
+        here = held_out_types(truth, labels)
+        columns = [labels.index(name) for name in here]
+        return replace(scores, values=classification_scores(truth, predicted, here, aligned[:, columns]).values)
 
     def resampled(self, comparison: Comparison, run: Run, metric: str) -> Resampled | None:
         from scipy.sparse import csr_matrix
@@ -145,7 +156,7 @@ class Annotation(EvaluationProtocol):
         drawn = []
         if panels := {name: found[name] for name in comparison.ranked("model") if name in found}:
             split = comparison.splits[0]
-            panels = {f"{name}, cell embedding": panels[name] for name in list(panels)[:2]}
+            panels = {f"{name}, cell embedding": one for name, one in list(distinct(panels).items())[:2]}
             panels |= {"PCA of log expression": found[KNNOnPCA.name]} if KNNOnPCA.name in found else {}
             drawn.append(
                 Figure(
@@ -172,7 +183,7 @@ class Annotation(EvaluationProtocol):
                 plots.calibration(comparison, pair),
                 "Calibration",
                 f"Held-out cells of {over}, binned by the probability of the predicted label; dots grow with the cells "
-                "in the bin; on the dashed line a method is as often right as it says.",
+                "in the bin, bars are 95% intervals; on the dashed line a method is as often right as it says.",
             ),
             *([self.learning_curve(comparison)] if comparison.curve else []),
         ]
@@ -194,12 +205,28 @@ class Annotation(EvaluationProtocol):
         if rare:
             said.append(f"Fewer than 20 cells in all, so their F1 moves in large steps: {', '.join(rare)}.")
         for name in comparison.names("model", "baseline"):
-            outside = sum(int(run.scores.confusion[:, -1].sum()) for run in comparison.runs_of(name))
-            if outside:
+            runs = comparison.runs_of(name)
+            outside = sum(int(run.scores.confusion[:, -1].sum()) for run in runs)
+            unassigned = 0
+            if UNASSIGNED not in comparison.labels:
+                unassigned = sum(int((run.predicted == UNASSIGNED).sum()) for run in runs)
+            if unassigned:
+                said.append(f"{capitalised(name)} left {unassigned:,} cells {UNASSIGNED}; they count as errors.")
+            if outside > unassigned:
                 said.append(
-                    f"{capitalised(name)} gave {outside:,} cells a label outside the list; they count as errors."
+                    f"{capitalised(name)} gave {outside - unassigned:,} cells a label outside the list; they count as "
+                    "errors."
                 )
         return said
+
+
+def distinct(embeddings: dict[str, NDArray]) -> dict[str, NDArray]:
+    """Return each embedding once: settings that leave a model as it is share one."""
+    kept: dict[str, NDArray] = {}
+    for name, embedding in embeddings.items():
+        if not any(np.array_equal(embedding, one) for one in kept.values()):
+            kept[name] = embedding
+    return kept
 
 
 def held_out_types(truth: NDArray[np.str_], labels: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from scfm.baselines import HVGPCA, OBLIGATORY
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
 from scfm.evaluation.asked import counts_of
-from scfm.evaluation.controls import NoiseEmbedding, ShuffledCells, TrueLabels, Untrained
+from scfm.evaluation.controls import NoiseEmbedding, ShuffledCells, SplitHalfEmbedding, TrueLabels, Untrained
 from scfm.evaluation.embedding_resampling import EmbeddingParts
 from scfm.evaluation.metrics import EMBEDDING, S_BATCH, S_BIO, embedding_scores
 from scfm.evaluation.page import Figure
@@ -32,6 +32,7 @@ from scfm.evaluation.protocol import (
     Step,
 )
 from scfm.evaluation.splits import Split
+from scfm.evaluation.trade_off_plot import trade_off
 
 if TYPE_CHECKING:
     from scfm.evaluation.harness import Comparison, Run
@@ -82,6 +83,7 @@ class Integration(EvaluationProtocol):
         return [
             (NoiseEmbedding(), "negative control"),
             (ShuffledCells(), "negative control"),
+            (SplitHalfEmbedding(cells.truth), "positive control"),
             (TrueLabels(cells.truth), "positive control"),
         ]
 
@@ -144,7 +146,7 @@ class Integration(EvaluationProtocol):
         panels = {name: found[name] for name in list(dict.fromkeys(wanted))[:SHOWN]}
         return [
             Figure(
-                plots.trade_off(comparison, "s_batch", "s_bio"),
+                trade_off(comparison, "s_batch", "s_bio"),
                 "Types kept against batches mixed",
                 "Means over seeds; dotted lines join points of equal S_final. Noise mixes batches best of all, and the "
                 "true labels show what can be reached: neither axis means anything alone.",
@@ -164,6 +166,8 @@ class Integration(EvaluationProtocol):
             "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every "
             "method alike; the k-means scores are not."
         ]
+        if "kbet" not in self.further:
+            said.append("kBET is not among the scores: scib-metrics computes it (pip install 'scfm[eval]').")
         if alone:
             said.append(f"Found in one batch only, so that mixing says nothing of them: {', '.join(alone)}.")
         return said
