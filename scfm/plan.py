@@ -21,7 +21,8 @@ from scfm.flops import DEVICES, Work, training_flops
 from scfm.memory import ADAM_STATES, Memory, Place, Precision, memory_of
 from scfm.model import MODELS
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import Recipe, TaskConfig, check
+from scfm.recipe import Recipe, TaskConfig
+from scfm.recipe_check import check
 from scfm.workload import Cells, Packs, cells_of, mean_work, packs_of, schedule_of
 
 ASSUMED_MFU = 0.38

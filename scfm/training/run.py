@@ -29,7 +29,8 @@ from scfm.evaluation.plots import loss_curves
 from scfm.model.attention import pick_backend
 from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import ModelConfig, Recipe, check
+from scfm.recipe import ModelConfig, Recipe
+from scfm.recipe_check import check
 from scfm.training.callbacks import MetricsCsv, Progress, read_metrics
 from scfm.training.checkpointing import BestWeights, FinalValidation, NewestCheckpoints, Patience
 from scfm.training.datamodule import CellDataModule

@@ -19,7 +19,8 @@ from scfm.checkpoints.native import read_model, read_weights
 from scfm.errors import ScfmError
 from scfm.model.neighbours import TEMPERATURE, NeighbourDecoder
 from scfm.model.novelty import UNASSIGNED, novelty
-from scfm.recipe import ModelConfig, Recipe, check
+from scfm.recipe import ModelConfig, Recipe
+from scfm.recipe_check import check
 from scfm.recipe_reader import bundled, like, read_recipe
 from scfm.tasks.annotation import default_recipe, few_per_type, paced_recipe
 from scfm.tasks.frozen import fit_probe
