@@ -8,7 +8,7 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from scfm.errors import ScfmError
+from scfm.errors import RunStopped, ScfmError
 from scfm.version import __version__
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ RECIPE_VERBS = ("plan", "pretrain", "finetune", "bench train", "bench embed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 where a check failed, or 2 for bad input, said in one message."""
+    """Run one verb; return the exit code.
+
+    0; 1 where a check failed or a process of a run was lost; 2 for bad input, said in one message; 75 for a run that
+    was asked to stop and has saved itself.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given in (["--version"], ["-V"]):
         print(f"scfm {__version__}")
@@ -61,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ScfmError as error:
         print(f"scfm: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stopped:
+        print(f"scfm: {stopped}", file=sys.stderr)
+        return int(stopped.code or 0)
     return 0 if passed else 1
 
 

@@ -1,6 +1,8 @@
-"""The error that scfm raises for bad input: worded for the person who can mend it."""
+"""What scfm raises: bad input, worded for the person who can mend it, and runs that end before their last step."""
 
 from __future__ import annotations
+
+SAVED = 75  # the exit code of a run that saved itself because it was asked to stop: EX_TEMPFAIL of sysexits.h
 
 
 class ScfmError(ValueError):
@@ -8,3 +10,21 @@ class ScfmError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class RunStopped(SystemExit):
+    """A run that ended before its last step through no fault of its recipe: says why, and how to go on.
+
+    It leaves the process with its exit code unless somebody catches it, in processes that a run has started too.
+
+    Args:
+        message: for people.
+        code: exit code of the process: SAVED, or 1 where a process of the run was lost.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -284,8 +284,10 @@ class PretrainedModel:
         tokens_per_pack: int,
         cells_per_batch: int = CELLS_PER_BATCH,
         rows: NDArray[np.int64] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[PackedBatch]:
-        """Yield packs of all cells, or of some rows, in turn, nothing hidden.
+        """Yield packs of all cells, or of some rows, in turn, nothing hidden; of several processes, those of one.
 
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
         """
@@ -298,6 +300,8 @@ class PretrainedModel:
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
             cell_conditions=conditions,
             keys=keys,
+            rank=rank,
+            world_size=world_size,
         )
         self.network.to(self.device)
         for packs in loader.batches(epoch=0):

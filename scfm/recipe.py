@@ -287,26 +287,63 @@ class TrainerConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """A linear probe: how well a linear classifier reads labels off the frozen cell embeddings.
+
+    Args:
+        data: A small labelled .h5ad file of cells that the run does not train on.
+        label: Its obs column of labels.
+    """
+
+    data: str
+    label: str
+
+
+@dataclass
 class CheckpointConfig:
     """When a run is saved, which of its weights are exported, and when it ends early.
 
     Args:
         every_steps: Optimizer steps between checkpoints.
+        every_minutes: The most minutes between checkpoints, whatever the steps; 0 counts steps alone.
         keep: Checkpoints kept besides the best.
-        best: The validation metric whose best weights are exported, e.g. valid/loss or valid/cls_accuracy; one whose
-            name ends in `accuracy` should be high, any other low.
+        best: The metric whose best weights are exported, e.g. valid/loss, valid/cls_accuracy or probe/accuracy; one
+            whose name ends in `accuracy` or `f1` should be high, any other low.
         patience: Validations in a row without a better `best` after which the run ends; 0 never ends it early.
+        probe: A linear probe at every validation; null for none.
     """
 
     every_steps: int = 1000
+    every_minutes: float = 30.0
     keep: int = 2
     best: str = "valid/loss"
     patience: int = 0
+    probe: ProbeConfig | None = None
 
     @property
     def mode(self) -> Literal["min", "max"]:
         """Whether the best metric is the lowest or the highest."""
-        return "max" if self.best.endswith("accuracy") else "min"
+        return "max" if self.best.endswith(("accuracy", "f1")) else "min"
+
+
+@dataclass
+class GuardConfig:
+    """Which updates are left out because they would do harm, and what follows where many are.
+
+    An update whose loss or gradient is NaN or infinite is always left out.
+
+    Args:
+        spike: How far a loss may lie above the median of the last ones, in median absolute deviations (of which each
+            counts as at least a hundredth of the median), before its update is left out; 0 takes all finite losses.
+        window: How many of the last losses the median is of; none is a spike before there are as many.
+        patience: Updates left out in a row after which the weights go back to those of a checkpoint before.
+        rollbacks: How often the weights may go back before the run gives up.
+    """
+
+    spike: float = 20.0
+    window: int = 64
+    patience: int = 20
+    rollbacks: int = 3
 
 
 @dataclass
@@ -336,6 +373,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     from_model: str | None = None
     trainable: list[str] = field(default_factory=lambda: ["*"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from scfm.errors import ScfmError
-from scfm.recipe import OptimizerConfig, Recipe
+from scfm.recipe import CheckpointConfig, GuardConfig, OptimizerConfig, Recipe
 from scfm.recipe_task import wrong_task
 
 
@@ -45,6 +45,7 @@ def check(recipe: Recipe) -> None:
             f"data.sample_weights: {data.sample_weights} must be above 0; `scfm prepare --where` leaves cells out",
         ),
         (recipe.checkpoint.patience >= 0, f"checkpoint.patience: {recipe.checkpoint.patience} must be at least 0"),
+        *survival_rules(recipe.checkpoint, recipe.guard),
         (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
         (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),
         (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),
@@ -105,3 +106,20 @@ def wrong_cycles(optimizer: OptimizerConfig) -> list[str]:
         ),
     ]
     return [message for holds, message in rules if not holds]
+
+
+def survival_rules(checkpoint: CheckpointConfig, guard: GuardConfig) -> list[tuple[bool, str]]:
+    """Return what saving and guarding ask of their keys: whether it holds, and what to say where it does not."""
+    return [
+        (checkpoint.every_steps >= 1, f"checkpoint.every_steps: {checkpoint.every_steps} must be at least 1"),
+        (checkpoint.every_minutes >= 0, f"checkpoint.every_minutes: {checkpoint.every_minutes:g} must be at least 0"),
+        (checkpoint.keep >= 1, f"checkpoint.keep: {checkpoint.keep} must be at least 1"),
+        (
+            checkpoint.probe is not None or not checkpoint.best.startswith("probe/"),
+            f"checkpoint.best: {checkpoint.best} is measured by a probe; name its cells in checkpoint.probe",
+        ),
+        (guard.spike >= 0, f"guard.spike: {guard.spike:g} must be at least 0"),
+        (guard.window >= 2, f"guard.window: {guard.window} must be at least 2"),
+        (guard.patience >= 1, f"guard.patience: {guard.patience} must be at least 1"),
+        (guard.rollbacks >= 0, f"guard.rollbacks: {guard.rollbacks} must be at least 0"),
+    ]

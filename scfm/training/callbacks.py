@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from scfm.data.batch import PackedBatch
 from scfm.training.checkpointing import Patience
 from scfm.training.module import FoundationModule, Metrics, add
+from scfm.training.run_log import Lines, RunLog
 from scfm.training.throughput import Throughput
 
 METRICS_HEADER = ["step", "metric", "value"]
@@ -31,6 +33,7 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
         self.resume_step = resume_step
+        self.lines = Lines(path)
         self.started = False
 
     @property
@@ -48,9 +51,9 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if not self.started:
             self.start()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            rows = ([step, name, repr(float(value))] for name, value in metrics.items() if name != "epoch")
-            csv.writer(file).writerows(rows)
+        rows = io.StringIO(newline="")
+        csv.writer(rows).writerows([step, name, repr(float(v))] for name, v in metrics.items() if name != "epoch")
+        self.lines.add(rows.getvalue())
 
     def start(self) -> None:
         """Write the header, and what a resumed run keeps."""
@@ -77,13 +80,13 @@ class Progress(L.Callback):
     """Prints and logs one line every few steps: step, loss parts, rate, throughput, time left.
 
     Args:
-        log: text file that receives the same lines.
+        log: prints the lines and writes them to a file.
         every: optimizer steps between two lines.
         throughput: counts the steps; stands before this one among the callbacks.
     """
 
-    def __init__(self, log: Path, every: int, throughput: Throughput) -> None:
-        self.log_file, self.every, self.throughput = log, every, throughput
+    def __init__(self, log: RunLog, every: int, throughput: Throughput) -> None:
+        self.run_log, self.every, self.throughput = log, every, throughput
         self.reset()
 
     def reset(self) -> None:
@@ -126,7 +129,7 @@ class Progress(L.Callback):
         self.reset()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("valid/")}
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("valid/", "probe/"))}
         if found and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=trainer.global_step)
@@ -139,9 +142,7 @@ class Progress(L.Callback):
 
     def say(self, trainer: L.Trainer, line: str) -> None:
         if trainer.is_global_zero:
-            print(line, flush=True)
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            self.run_log.say_anyhow(line)
 
 
 def clock(seconds: float) -> str:

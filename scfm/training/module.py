@@ -28,6 +28,7 @@ from scfm.model.output import ModelOutput
 from scfm.model.scgpt import Backbone
 from scfm.objectives import Objective
 from scfm.recipe import OptimizerConfig
+from scfm.training.guard import Guard
 from scfm.training.norms import GlobalNorm
 from scfm.training.optimizers import build_optimizer, build_schedule
 
@@ -42,10 +43,16 @@ class FoundationModule(L.LightningModule):
         objectives: the terms of the loss.
         optimizer: the recipe's optimizer section.
         seed: key of the dropout draws.
+        guard: leaves out updates that would do harm; None takes them all.
     """
 
     def __init__(
-        self, network: nn.Module, objectives: Sequence[Objective], optimizer: OptimizerConfig, seed: int = 0
+        self,
+        network: nn.Module,
+        objectives: Sequence[Objective],
+        optimizer: OptimizerConfig,
+        seed: int = 0,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -53,6 +60,7 @@ class FoundationModule(L.LightningModule):
         self.objectives = list(objectives)
         self.optimizer_config = optimizer
         self.seed = seed
+        self.guard = guard
         self.step_metrics: Metrics = {}
         self.valid_sums: Metrics = {}
         self.valid_cells = 0
@@ -90,9 +98,9 @@ class FoundationModule(L.LightningModule):
                 self.manual_backward(loss)
             add(metrics, pack_metrics)
         self.pull_norms(norms)
+        self.step_metrics = metrics
         optimizer.step()
         schedule.step()
-        self.step_metrics = metrics
 
     def look(self, pack: PackedBatch, index: int, norms: Sequence[GlobalNorm], view: int = 0) -> ModelOutput:
         """Pass a pack through the network with the dropout and the norms of a view."""
@@ -206,9 +214,17 @@ class FoundationModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here and nowhere else: gradients are summed over packs and ranks, and unscaled, at this point."""
-        if self.optimizer_config.clip > 0:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip)
+        clip = self.optimizer_config.clip
+        if clip == 0 and self.guard is None:
+            return
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
+        if self.guard is not None:
+            active = [o.name for o in self.objectives if self.global_step >= o.start_step]
+            bad = self.guard.judge(self.global_step, self.step_metrics["loss"], norm, active)
+            self.guard.apply(optimizer, bad, getattr(self.trainer.precision_plugin, "scaler", None) is not None)
 
     def seed_dropout(self, pack: int, view: int = 0) -> None:
         """Key dropout by (seed, step, rank, pack, view), so that a resumed run draws what an unbroken one would."""

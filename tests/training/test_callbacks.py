@@ -9,7 +9,7 @@ import pytest
 from runs import tiny_recipe, write_shards
 
 from scfm.training.callbacks import MetricsCsv, clock, read_metrics
-from scfm.training.checkpointing import checkpoints
+from scfm.training.saving import checkpoints
 from scfm.training.run import pretrain
 
 
@@ -52,7 +52,7 @@ def test_the_run_directory_is_complete(tmp_path: Path) -> None:
     pretrain(tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run"))
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "recipe.yaml", "metrics.csv", "log.txt", "checkpoints", "plots", "model", "README.md",
+        "recipe.yaml", "metrics.csv", "log.txt", "checkpoints", "plots", "model", "README.md", "finished.yaml",
     }  # fmt: skip
     assert (run / "plots" / "losses.png").read_bytes().startswith(b"\x89PNG")
     card = (run / "README.md").read_text()

@@ -17,7 +17,7 @@ from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
 from scfm.training.callbacks import read_metrics
-from scfm.training.checkpointing import checkpoints, step_of
+from scfm.training.saving import checkpoints, step_of
 from scfm.training.run import pretrain
 
 STEPS = 27  # 6 steps an epoch: the run ends in the middle of the fifth
