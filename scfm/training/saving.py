@@ -42,8 +42,8 @@ class BackgroundCheckpoints(TorchCheckpointIO):
         self.thread: ThreadPoolExecutor | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        if path.parent != self.folder:
+        path = Path(path).absolute()
+        if path.parent.resolve() != self.folder.resolve():
             write_whole(checkpoint, path)
             return
         self.wait()
@@ -70,8 +70,10 @@ class BackgroundCheckpoints(TorchCheckpointIO):
                 )
                 return
             del self.waiting[path]
-            for old in checkpoints(self.folder)[: -self.keep]:
-                old.unlink()
+            if is_resumable(path):
+                before = [old for old in checkpoints(self.folder) if step_of(old) <= step_of(path)]
+                for old in before[: -self.keep]:
+                    old.unlink()
 
     def wait(self) -> None:
         """Wait for the file that is being written; raise what went wrong, a full disk aside."""

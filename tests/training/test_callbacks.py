@@ -9,8 +9,8 @@ import pytest
 from runs import tiny_recipe, write_shards
 
 from scfm.training.callbacks import MetricsCsv, clock, read_metrics
-from scfm.training.saving import checkpoints
 from scfm.training.run import pretrain
+from scfm.training.saving import checkpoints
 
 
 def test_metrics_are_appended_and_read_back(tmp_path: Path) -> None:

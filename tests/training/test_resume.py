@@ -17,8 +17,8 @@ from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
 from scfm.training.callbacks import read_metrics
-from scfm.training.saving import checkpoints, step_of
 from scfm.training.run import pretrain
+from scfm.training.saving import checkpoints, step_of
 
 STEPS = 27  # 6 steps an epoch: the run ends in the middle of the fifth
 
