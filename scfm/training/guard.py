@@ -115,7 +115,7 @@ class Guard(L.Callback):
             self.left_out += 1
             self.say(f"step {step + 1}: update left out ({why(loss, norm, limit)}), {place(trainer, step)}")
         if self.left_out > before:
-            self.log(trainer, "guard/left_out", self.left_out)
+            self.record(trainer, "guard/left_out", self.left_out)
 
     def go_back(self, trainer: L.Trainer) -> None:
         """Give network and optimizer the weights and the state that they had at a checkpoint.
@@ -147,14 +147,14 @@ class Guard(L.Callback):
         self.rollbacks += 1
         self.in_a_row = 0
         self.say(f"step {trainer.global_step}: {many}; weights and optimizer go back to {chosen}, the batches go on")
-        self.log(trainer, "guard/rollbacks", self.rollbacks)
+        self.record(trainer, "guard/rollbacks", self.rollbacks)
 
     def checkpoint_before(self, step: int) -> str | None:
         """Return the newest checkpoint of weights that are older than those at a step."""
         older = [path for path in checkpoints(self.files.folder) if step_of(path) < step]
         return str(older[-1]) if older else None
 
-    def log(self, trainer: L.Trainer, name: str, value: int) -> None:
+    def record(self, trainer: L.Trainer, name: str, value: int) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value)}, step=trainer.global_step)
 
