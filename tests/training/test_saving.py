@@ -6,6 +6,7 @@ import errno
 import subprocess
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class RealDisk:
     def fill(self) -> None:
         with self.filler.open("wb", buffering=0) as file:
             for size in (65536, 64):
-                with pytest.raises(OSError, match="No space left"):
+                with suppress(OSError):  # until there is no room for more
                     while True:
                         file.write(b"\0" * size)
 
