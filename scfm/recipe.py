@@ -335,12 +335,13 @@ class GuardConfig:
     Args:
         spike: How far a loss may lie above the median of the last ones, in median absolute deviations (of which each
             counts as at least a hundredth of the median), before its update is left out; 0 takes all finite losses.
+            For long pretraining, e.g. 20; not for fine-tuning, whose few high losses near the end teach the most.
         window: How many of the last losses the median is of; none is a spike before there are as many.
         patience: Updates left out in a row after which the weights go back to those of a checkpoint before.
         rollbacks: How often the weights may go back before the run gives up.
     """
 
-    spike: float = 20.0
+    spike: float = 0.0
     window: int = 64
     patience: int = 20
     rollbacks: int = 3
