@@ -42,11 +42,11 @@ def begin(recipe: Recipe, prepare: Callable[[], None] = lambda: None) -> multipr
     return process
 
 
-def ended(process: multiprocessing.process.BaseProcess) -> int:
+def ended(process: multiprocessing.process.BaseProcess, patience: float = PATIENCE) -> int:
     """Return the exit code of a process, minus the signal where one killed it, once it and all it started are gone."""
-    process.join(PATIENCE)
+    process.join(patience)
     assert process.exitcode is not None, "it hangs"
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while left := group_of(process.pid):
         assert time.monotonic() < end, f"orphans: {left}"
         time.sleep(0.01)
