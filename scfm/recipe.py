@@ -15,6 +15,7 @@ import yaml
 
 from scfm.errors import ScfmError
 from scfm.recipe_task import TaskConfig, wrong_task
+from scfm.redaction import without_secrets
 
 TiePolicy = Literal["left", "random"]
 
@@ -357,8 +358,8 @@ class Recipe:
         return list(dict.fromkeys([*self.model.cell_conditions, *(name for name in asked if name)]))
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Write the resolved recipe as YAML, `***` for the secrets in its URLs."""
+        path.write_text(yaml.safe_dump(without_secrets(self.to_dict()), sort_keys=False), encoding="utf-8")
 
 
 # What keys default to where `model.name` is not scgpt: as the model was published

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
 from scfm.baselines.majority_bin import majority_bin_accuracies
@@ -26,18 +25,19 @@ from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
+from scfm.metrics_file import read_metrics
 from scfm.model.attention import pick_backend
 from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import ModelConfig, Recipe, check
-from scfm.training.callbacks import MetricsCsv, Progress, read_metrics
+from scfm.training.callbacks import MetricsCsv, Progress
 from scfm.training.checkpointing import BestWeights, FinalValidation, NewestCheckpoints, Patience
 from scfm.training.datamodule import CellDataModule
 from scfm.training.features import redraw_callbacks
 from scfm.training.launch import build_trainer, own_port, set_up_blocks
 from scfm.training.module import FoundationModule
-from scfm.training.rundir import RunDirectory, is_main_process, open_run
-from scfm.training.throughput import Throughput
+from scfm.training.rundir import RunDirectory, open_run
+from scfm.training.wandb_run import wandb_loggers
 
 
 @dataclass
@@ -170,11 +170,10 @@ def fit(job: Job, run: RunDirectory) -> Path:
     best, stops_early = BestWeights(run.checkpoints, recipe.checkpoint), recipe.checkpoint.patience > 0
     if stops_early and not validates:
         raise ScfmError("checkpoint.patience: no cells are held out to judge by; raise data.valid_fraction")
-    throughput = Throughput()
-    progress = Progress(run.log, recipe.trainer.log_every_n_steps, throughput)
+    progress = Progress(run.log, recipe.trainer.log_every_n_steps)
     redraws = redraw_callbacks(job.network, recipe.seed)
     judges = [*([best] if validates else []), *([Patience(recipe.checkpoint)] if stops_early else [])]
-    callbacks = [FinalValidation(), throughput, progress, newest, *redraws, *judges]
+    callbacks = [FinalValidation(), newest, *progress.watchers, *redraws, *judges]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
@@ -345,17 +344,3 @@ def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
             raise ScfmError(f"trainable: {pattern!r} matches no parameter; they are named like {names[:3]} ...")
     for name, parameter in network.named_parameters():
         parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
-    """Return the Weights & Biases logger where the recipe names a project."""
-    config: dict[str, Any] = asdict(recipe.wandb)
-    if not config["project"] or not is_main_process():
-        return []
-    from lightning.pytorch.loggers import WandbLogger
-
-    logger = WandbLogger(
-        project=config["project"], name=config["name"], offline=config["mode"] == "offline", save_dir=run.path
-    )
-    logger.log_hyperparams(recipe.to_dict())
-    return [logger]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from runs import tiny_recipe, write_shards
 
-from scfm.training.callbacks import MetricsCsv, clock, read_metrics
+from scfm.metrics_file import read_metrics
+from scfm.training.callbacks import MetricsCsv, clock
 from scfm.training.checkpointing import checkpoints
 from scfm.training.run import pretrain
 
@@ -71,15 +72,6 @@ def test_a_run_shorter_than_an_epoch_is_validated_at_its_end(tmp_path: Path) -> 
     validated = {step for step, name, _ in read_metrics(tmp_path / "run" / "metrics.csv") if name == "valid/loss"}
     assert validated == {3}
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
-
-
-def test_wandb_offline_logs_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    section = {"project": "scfm-test", "mode": "offline"}
-    pretrain(tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run", wandb=section))
-    (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert logged.stat().st_size > 0
-    assert read_metrics(tmp_path / "run" / "metrics.csv")
 
 
 def test_clock() -> None:

@@ -15,8 +15,8 @@ from runs import tiny_recipe, write_shards
 
 from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.recipe import Recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.checkpointing import checkpoints, step_of
 from scfm.training.run import pretrain
 
