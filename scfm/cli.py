@@ -26,6 +26,7 @@ VERBS = {
     "plan": ("scfm.plan:plan", "parameters, FLOPs, memory and hours of a recipe, before it is launched"),
     "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),
     "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
+    "status": ("scfm.status:status", "how a run stands: step, time left, losses, checkpoints; also while it runs"),
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "index": ("scfm.tasks.mapping:index", "embed labelled cells into a reference index, or add cells to one"),
