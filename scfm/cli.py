@@ -36,7 +36,10 @@ VERBS = {
         "scfm.evaluation.study:study",
         "which keys of a fine-tuning recipe matter: a grid, resumable, in parallel",
     ),
-    "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
+    "convert": (
+        "scfm.checkpoints.convert:convert",
+        "checkpoints of scGPT and scBERT to scfm and back; to ONNX",
+    ),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
     "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),
     "bench train": ("scfm.bench.train:train", "training steps of a recipe: cells per second, MFU, memory"),
