@@ -16,16 +16,16 @@ PARAMETER = re.compile(
 )
 
 
-def redacted(text: str) -> str:
-    """Return a text with `***` for the secrets in it.
+def redacted(text: str, secret: str | None = None) -> str:
+    """Return a text with `***` for the secrets in it, and for one that is known.
 
     These are users and passwords in URLs, values of URL parameters whose name says that they are keys or signatures
     (pre-signed links), and the values of environment variables that hold keys (WANDB_API_KEY, HF_TOKEN ...).
     """
     text = PARAMETER.sub(rf"\1{HIDDEN}", USER.sub(f"{HIDDEN}@", text))
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST and VARIABLES.search(name) and value in text:
-            text = text.replace(value, HIDDEN)
+    kept = [value for name, value in os.environ.items() if len(value) >= SHORTEST and VARIABLES.search(name)]
+    for value in [*kept, *([secret] if secret else [])]:
+        text = text.replace(value, HIDDEN)
     return text
 
 

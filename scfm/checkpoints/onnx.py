@@ -162,9 +162,8 @@ def inputs_of(pack: PackedBatch, files: ModelFiles) -> dict[str, NDArray]:
     genes, values = np.full(shape, files.vocabulary.pad, np.int64), np.zeros(shape, np.float32)
     genes[mask], values[mask] = pack.genes.numpy(), pack.values.numpy()
     domain = files.model.domain
-    return {"genes": genes, "values": values, "mask": mask} | (
-        {"domain": pack.cell_conditions[domain].numpy()} if domain else {}
-    )
+    arrays: dict[str, NDArray] = {"genes": genes, "values": values, "mask": mask}
+    return arrays | ({"domain": pack.cell_conditions[domain].numpy()} if domain else {})
 
 
 def compare(path: Path, network: nn.Module, files: ModelFiles, packs: Sequence[PackedBatch]) -> float:
@@ -241,7 +240,5 @@ def readme(files: ModelFiles, error: float, n_cells: int) -> str:
         values=values,
         cls_value=tokens.cls_value,
         domain=', "domain": domain' if domain else "",
-        domain_line=f"- `domain` (cells,) int64: place of its {domain} in [{named}], -1 for another.\n"
-        if domain
-        else "",
+        domain_line=of_domain if domain else "",
     )

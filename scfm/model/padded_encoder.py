@@ -35,7 +35,8 @@ class PaddedEncoder(nn.Module):
         super().__init__()
         check_form(config)
         self.config = config
-        self.backbone: Any = deepcopy(network).eval().backbone
+        twin: Any = deepcopy(network).eval()
+        self.backbone = twin.backbone
         self.reads_domain = config.input_norm == "domain"
         if config.name == "scbert":
             for block in self.backbone.blocks:
@@ -131,6 +132,8 @@ class PaddedSoftmax(nn.Module):
 
 class PaddedFeatures(nn.Module):
     """`scfm.model.performer.FeatureMixer` on padded cells, in its correct mode: stabilised by cell and head."""
+
+    weight: Tensor
 
     def __init__(self, mixer: FeatureMixer) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("onnx")
     model = untrained_model()
     scgpt = ModelFiles(
-        ModelConfig(width=16, heads=2, layers=2, hidden=16, input_norm="domain", domain="batch"),
+        ModelConfig(width=16, heads=2, layers=1, hidden=16, input_norm="domain", domain="batch"),
         model.files.tokens,
         "counts",
         model.files.vocabulary,
@@ -38,7 +38,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         cell_conditions={"batch": ["batch0", "batch1"]},
     )
     scbert = ModelFiles(
-        ModelConfig("scbert", 16, 2, 2, 16, attention="full", cell_embedding="mean",
+        ModelConfig("scbert", 16, 2, 1, 16, attention="full", cell_embedding="mean",
                     performer=PerformerConfig(head_width=8, features=16)),
         TokenConfig("all", 60, "log2", 13, cls_value=0.0, mask_value=13.0),
         "counts",
