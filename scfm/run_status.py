@@ -116,7 +116,7 @@ def read_status(run: Path, now: float | None = None) -> RunStatus:
         hours=hours_of(metrics),
         speed=speed,
         losses={name: rows for name, rows in by_name.items() if is_judged(name)},
-        baselines={name: rows[-1][1] for name, rows in by_name.items() if name.startswith("baseline")},
+        baselines={name: rows[-1][1] for name, rows in by_name.items() if "baseline" in name},
         best=best_of(recipe, by_name),
         guard={name.removeprefix("guard/"): rows[-1][1] for name, rows in by_name.items() if name.startswith("guard/")},
         slow_ranks=[line for line in lines if "slow rank: " in line],
@@ -129,6 +129,8 @@ def read_status(run: Path, now: float | None = None) -> RunStatus:
         status.eta_seconds = 3600 * hours + 60 * minutes + seconds if state == "running" else None
     elif recipe.get("trainer", {}).get("max_steps", -1) > 0:
         status.steps = recipe["trainer"]["max_steps"]
+    if lost := by_name.get("checkpoint/not_saved"):
+        status.notes.append(f"{lost[-1][1]:.0f} checkpoints could not be written; its log says why")
     if state != "finished":
         verb = "finetune" if recipe.get("from") or recipe.get("task") else "pretrain"
         place = shlex.quote(str(run))
@@ -200,7 +202,8 @@ def judged(
 
 def is_judged(name: str) -> bool:
     """Say whether a metric tells how well the model does, rather than how fast or by which rate it learns."""
-    return name.startswith(("train/", "valid/", "probe/")) and name != "train/learning_rate"
+    beside = name == "train/learning_rate" or "baseline" in name
+    return name.startswith(("train/", "valid/", "probe/")) and not beside
 
 
 def best_of(recipe: dict[str, Any], by_name: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:

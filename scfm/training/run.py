@@ -15,8 +15,9 @@ from torch import nn
 
 from scfm.baselines.majority_bin import majority_bin_accuracies
 from scfm.baselines.mean_value import baselines_of, mean_value_losses
+from scfm.bench.report import device_name
 from scfm.ceiling import product_type
-from scfm.checkpoints.card import model_card
+from scfm.checkpoints.card import RunFacts, model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.hashing import hashes_without, load_hashes, row_hashes
 from scfm.data.rows import SomeRows, rows_at, without
@@ -54,6 +55,7 @@ class Job:
         valid_rows: rows held out.
         cell_conditions: name -> (N,) index of every row of the store.
         notes: what the log says before the first step.
+        hardware: what it runs on, for the card.
     """
 
     recipe: Recipe
@@ -65,6 +67,7 @@ class Job:
     valid_rows: SomeRows
     cell_conditions: dict[str, Codes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    hardware: str = ""
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
@@ -177,6 +180,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
+    job.hardware = f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"
     if trainer.is_global_zero:
         lost = [f"{len(lost.rows):,} cells are left out: {lost.why}" for lost in job.store.lost]
         for line in (opening_line(job, trainer), *data.said, *lost, *job.notes):
@@ -225,12 +229,24 @@ def export(job: Job, run: RunDirectory, best: str) -> None:
 def write_model_directory(job: Job, run: RunDirectory) -> None:
     """Write the native model directory of a job, and its card, from the weights that its network has."""
     metrics = read_metrics(run.metrics)
-    baselines = baselines_of(metrics)
-    job.files.card = model_card(
-        job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters())
+    facts = RunFacts(
+        sum(p.numel() for p in job.network.parameters()),
+        len(job.train_rows),
+        len(job.valid_rows),
+        job.hardware,
+        majority_accuracy(job.cell_conditions.get("label"), job.train_rows, job.valid_rows),
     )
+    job.files.card = model_card(job.recipe, job.files, metrics, baselines_of(metrics), facts)
     run.card.write_text(job.files.card, encoding="utf-8")
     save_model(run.model, job.network, job.files, replace=True)
+
+
+def majority_accuracy(labels: Codes | None, train: SomeRows, valid: SomeRows) -> float | None:
+    """Return how often the label that is most frequent in training is right in validation; None without labels."""
+    if labels is None or len(valid) == 0:
+        return None
+    learned, judged = (np.asarray(labels[np.asarray(rows, np.int64)], np.int64) for rows in (train, valid))
+    return float((judged == np.bincount(learned).argmax()).mean())
 
 
 def opening_line(job: Job, trainer: L.Trainer) -> str:

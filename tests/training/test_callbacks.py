@@ -61,6 +61,8 @@ def test_the_run_directory_is_complete(tmp_path: Path) -> None:
     assert f"{logged[6, 'valid/gep']:.4g}" in card
     assert f"{logged[0, 'baseline/gene mean']:.4g}" in card
     assert "made-up.h5ad | 120" in card
+    for told in ("| cells | 108 to train on, 12 held out", "| time | ", "| hardware | 1 x ", "0.9 times all cells"):
+        assert told in card
     speeds = {name.removeprefix("speed/") for _, name in logged if name.startswith("speed/")}
     assert speeds >= {"cells_per_second", "tokens_per_second", "tflops", "mfu", "data_wait", "empty", "peak_memory_gb"}
     assert not speeds & {name.removeprefix("train/") for _, name in logged}
