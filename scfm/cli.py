@@ -9,7 +9,6 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from scfm.errors import ScfmError
-from scfm.redaction import redacted
 from scfm.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         passed = run(verb, rest)
     except ScfmError as error:
-        print(f"scfm: {redacted(str(error))}", file=sys.stderr)
+        print(f"scfm: {error}", file=sys.stderr)
         return 2
     return 0 if passed else 1
 

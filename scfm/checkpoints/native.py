@@ -246,7 +246,7 @@ def load_model(folder: Path | str) -> tuple[nn.Module, ModelFiles]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no file, no text, or no JSON
         raise ScfmError(f"{path}: cannot be read ({error}); the model directory is incomplete or damaged") from error
 
 

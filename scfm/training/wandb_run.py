@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
-from scfm.redaction import redacted, without_secrets
+from scfm.redaction import without_secrets
 from scfm.training.rundir import RunDirectory, is_main_process
 
 ID_FILE = "wandb-id.txt"
@@ -54,7 +54,7 @@ class OneRun(WandbLogger):
             return super().experiment
         except wandb.errors.Error as error:
             raise ScfmError(
-                f"wandb: the run cannot begin ({redacted(str(error))}); train with --wandb.mode offline and send it "
+                f"wandb: the run cannot begin ({error}); train with --wandb.mode offline and send it "
                 "later with `wandb sync`"
             ) from error
 

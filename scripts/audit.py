@@ -1,0 +1,79 @@
+"""Looks up the pinned packages of constraints.txt in PyPI's database of known vulnerabilities, by pip-audit.
+
+    make audit
+
+Exit code 1 where a package has an advisory, else 0, also where the database cannot be reached: that is said, and is no
+reason to hold back a change. A registry that mirrors packages alone has no advisories; pip-audit then skips every
+package and still reports that it found nothing, so what it has skipped is counted here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PINS = ROOT / "constraints.txt"
+ENVIRONMENT = ROOT / ".venv-audit"  # of its own: what audits shall not be among what is audited
+KNOWN = "https://pypi.org/pypi/pip/json"  # the advisories of one package, to see whether there are any
+SECONDS = 10
+
+
+def why_unreachable() -> str:
+    """Return why advisories cannot be looked up here; empty where they can."""
+    try:
+        with urllib.request.urlopen(KNOWN, timeout=SECONDS) as answer:
+            return "" if "vulnerabilities" in json.load(answer) else "it answers without advisories"
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def audited(options: Sequence[str]) -> str:
+    """Return what pip-audit says of the pins, as JSON; install it first where it is not yet."""
+    python = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "pip-audit>=2.7"], check=True)
+    command = [str(python), "-m", "pip_audit", "--requirement", str(PINS), "--no-deps", "--disable-pip"]
+    done = subprocess.run([*command, "--format", "json", *options], capture_output=True, text=True, check=False)
+    if not done.stdout.strip():
+        raise SystemExit(f"audit: pip-audit failed:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+def report(found: dict[str, Any]) -> tuple[list[str], int]:
+    """Return what to say of pip-audit's findings, and the exit code."""
+    packages = found["dependencies"]
+    skipped = [package for package in packages if "skip_reason" in package]
+    lines = [
+        f"{package['name']} {package['version']}: {issue['id']}, mended in {', '.join(issue['fix_versions']) or 'no version'}"
+        for package in packages
+        for issue in package.get("vulns", [])
+    ]
+    looked_up = len(packages) - len(skipped)
+    lines.append(f"audit: {looked_up} of {len(packages)} pinned packages looked up, {len(lines)} advisories")
+    if skipped:
+        names = ", ".join(package["name"] for package in skipped[:5])
+        lines.append(f"audit: NOT looked up, the database does not know them: {names}{' ...' if skipped[5:] else ''}")
+    return lines, int(len(lines) > 1 + bool(skipped))
+
+
+def main(options: Sequence[str]) -> int:
+    """Audit the pins; options are pip-audit's, as `--ignore-vuln ID` for an advisory that does not concern scfm."""
+    if reason := why_unreachable():
+        print(f"audit: no package was looked up, for PyPI's advisories cannot be reached from here ({reason})")
+        return 0
+    lines, code = report(json.loads(audited(options)))
+    print("\n".join(lines))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
