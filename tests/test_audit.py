@@ -17,8 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts/audit.py"
 
 @pytest.fixture
 def audit() -> Any:
-    spec = importlib.util.spec_from_file_location("audit", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location("audit", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
