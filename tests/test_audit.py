@@ -75,3 +75,12 @@ def test_where_advisories_are_reached_they_are_asked(audit: Any, monkeypatch: py
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: BytesIO(answer))
     monkeypatch.setattr(audit, "audited", lambda _: json.dumps({"dependencies": [package("torch", "A-1")]}))
     assert audit.main([]) == 1
+
+
+def test_an_audit_that_breaks_off_holds_nothing_back(
+    audit: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(audit, "why_unreachable", lambda _: "")
+    monkeypatch.setattr(audit, "audited", lambda _: "")
+    assert audit.main([]) == 0
+    assert "pip-audit failed" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
@@ -10,7 +11,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
-from scfm.redaction import without_secrets
+from scfm.redaction import redacted, without_secrets
 from scfm.training.rundir import RunDirectory, is_main_process
 
 ID_FILE = "wandb-id.txt"
@@ -25,6 +26,8 @@ def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
     config = recipe.wandb
     if not config.project or not is_main_process():
         return []
+    import wandb
+
     expect_login(config.mode)
     kept = run.path / ID_FILE
     if not kept.is_file():
@@ -38,6 +41,8 @@ def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
         "resume": "allow",
         # with the run, not by log_hyperparams: wandb must begin in the process that logs, which may be a fork of this
         "config": without_secrets(recipe.to_dict()),
+        # wandb notes the command line, unless that may hold a key
+        "settings": wandb.Settings(x_disable_meta=any(redacted(word) != word for word in sys.argv)),
     }
     return [OneRun(**options)]
 

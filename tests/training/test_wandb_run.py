@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import wandb
-from runs import tiny_recipe, write_shards
 
+from runs import tiny_recipe, write_shards
 from scfm.errors import ScfmError
 from scfm.metrics_file import read_metrics
 from scfm.training.run import pretrain
@@ -82,12 +82,15 @@ def test_secrets_do_not_reach_wandb(shards: Path, tmp_path: Path, begun: list[Fa
 
 def test_offline_writes_into_the_run_directory(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("sys.argv", ["scfm", "pretrain", "--data.cache", f"s3://key:{SECRET}@bucket"])
     recipe = tiny_recipe(shards, tmp_path / "run", wandb={"project": "scfm-test", "mode": "offline"})
     pretrain(recipe)
     pretrain(recipe, resume=str(tmp_path / "run/checkpoints/step=000000004.ckpt"))
     written = [path.name for path in (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")]
     assert set(written) == {f"run-{(tmp_path / 'run/wandb-id.txt').read_text().strip()}.wandb"}
     assert read_metrics(tmp_path / "run/metrics.csv")
+    for path in (path for path in (tmp_path / "run/wandb").rglob("*") if path.is_file()):
+        assert SECRET.encode() not in path.read_bytes(), path  # wandb notes the command line
 
 
 def test_nobody_is_logged_in(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
