@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from runs import tiny_recipe, write_shards
 
+from runs import tiny_recipe, write_shards
 from scfm.metrics_file import read_metrics
 from scfm.training.callbacks import apart
 from scfm.training.checkpointing import NewestCheckpoints
@@ -90,6 +92,44 @@ def test_a_slow_rank_is_named(shards: Path, tmp_path: Path, monkeypatch: pytest.
 def test_one_process_gathers_nothing(shards: Path, tmp_path: Path) -> None:
     pretrain(tiny_recipe(shards, tmp_path / "run", trainer={"max_steps": 2}))
     assert not [name for _, name in speeds(tmp_path / "run") if "slowest" in name]
+
+
+class FakeEvent:
+    """A moment on a made-up device, whose clock runs a second at each record."""
+
+    clock = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.clock += 1
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1000.0 * (end.at - self.at)  # torch counts milliseconds
+
+
+def test_on_a_gpu_the_device_tells_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+
+    def all_gather(everyone: list[torch.Tensor], mine: torch.Tensor) -> None:
+        for rank, room in enumerate(everyone):
+            room.copy_(mine * (rank + 1))
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    trainer: Any = SimpleNamespace(world_size=3, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    watch = Stragglers()
+    watch.on_gpu = True
+    for n_packs in (1, 3):
+        watch.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
+        for _ in range(n_packs):
+            watch.on_before_backward(trainer, None, None)  # type: ignore[arg-type]
+    found = watch.slowest(trainer, waited=4.0)
+    assert found is not None
+    own = (1 + 3 + 4) / 2  # until the last backward of each of two steps, and the wait for data
+    assert (found.rank, found.seconds, found.waiting, found.ratio) == (2, 3 * own, 3 * 2.0, 2.0)
+    assert watch.slowest(trainer, waited=1.0) is None  # nothing since
 
 
 def test_the_slowest_is_judged_against_the_others() -> None:
