@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from scfm.redaction import redacted
+
 SAVED = 75  # the exit code of a run that saved itself because it was asked to stop: EX_TEMPFAIL of sysexits.h
 
 
 class ScfmError(ValueError):
     """Bad input or configuration: says what is wrong, in which file, cell or key, and what to do.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2. Secrets in the message (keys in URLs,
+    tokens) are taken out of it.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class RunStopped(SystemExit):
@@ -24,7 +30,7 @@ class RunStopped(SystemExit):
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(code)
-        self.message = message
+        self.message = redacted(message)
 
     def __str__(self) -> str:
         return self.message

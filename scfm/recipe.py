@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from scfm.recipe_task import TaskConfig
+from scfm.redaction import without_secrets
 
 TiePolicy = Literal["left", "random"]
 
@@ -394,8 +395,8 @@ class Recipe:
         return list(dict.fromkeys([*self.model.cell_conditions, *(name for name in asked if name)]))
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Write the resolved recipe as YAML, `***` for the secrets in its URLs."""
+        path.write_text(yaml.safe_dump(without_secrets(self.to_dict()), sort_keys=False), encoding="utf-8")
 
 
 # What keys default to where `model.name` is not scgpt: as the model was published

@@ -15,8 +15,8 @@ import torch
 
 from scfm.checkpoints.native import read_weights
 from scfm.cli import main
+from scfm.metrics_file import read_metrics
 from scfm.recipe import Recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.module import FoundationModule
 
 PATIENCE = 120  # seconds after which a process that should have ended has hung

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
 from scfm.baselines.majority_bin import majority_bin_accuracies
 from scfm.baselines.mean_value import baselines_of, mean_value_losses
+from scfm.bench.report import device_name
 from scfm.ceiling import product_type
-from scfm.checkpoints.card import model_card
+from scfm.checkpoints.card import RunFacts, model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.hashing import hashes_without, load_hashes, row_hashes
 from scfm.data.rows import SomeRows, rows_at, without
@@ -26,12 +26,13 @@ from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.evaluation.plots import loss_curves
+from scfm.metrics_file import read_metrics
 from scfm.model.attention import pick_backend
 from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
 from scfm.recipe import ModelConfig, Recipe
 from scfm.recipe_check import check
-from scfm.training.callbacks import MetricsCsv, Progress, read_metrics
+from scfm.training.callbacks import MetricsCsv, Progress
 from scfm.training.checkpointing import BestWeights, FinalValidation, NewestCheckpoints, Patience
 from scfm.training.datamodule import CellDataModule
 from scfm.training.features import redraw_callbacks
@@ -40,10 +41,10 @@ from scfm.training.launch import build_trainer, own_port, set_up_blocks
 from scfm.training.module import FoundationModule
 from scfm.training.probe import Probe
 from scfm.training.run_log import RunLog
-from scfm.training.rundir import RunDirectory, is_main_process, open_run
+from scfm.training.rundir import RunDirectory, open_run
 from scfm.training.saving import BackgroundCheckpoints, is_full
-from scfm.training.throughput import Throughput
 from scfm.training.together import Together
+from scfm.training.wandb_run import wandb_loggers
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Job:
         valid_rows: rows held out.
         cell_conditions: name -> (N,) index of every row of the store.
         notes: what the log says before the first step.
+        hardware: what it runs on, for the card.
     """
 
     recipe: Recipe
@@ -71,6 +73,7 @@ class Job:
     valid_rows: SomeRows
     cell_conditions: dict[str, Codes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    hardware: str = ""
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
@@ -188,15 +191,15 @@ def fit(job: Job, run: RunDirectory) -> Path:
     module, data = modules_of(job, guard)
     best = BestWeights(run.checkpoints, recipe.checkpoint)
     probes = [Probe(recipe.checkpoint.probe, job, together)] if recipe.checkpoint.probe else []
-    throughput = Throughput()
-    progress = Progress(log, recipe.trainer.log_every_n_steps, throughput)
+    progress = Progress(log, recipe.trainer.log_every_n_steps)
     newest = NewestCheckpoints(files, recipe.checkpoint, together, guard, log.say)
     redraws = redraw_callbacks(job.network, recipe.seed)
     judges = [*([best] if validates else []), *([Patience(recipe.checkpoint)] if recipe.checkpoint.patience else [])]
-    callbacks = [together, FinalValidation(), *probes, throughput, guard, progress, newest, *redraws, *judges]
+    callbacks = [together, FinalValidation(), *probes, guard, newest, *progress.watchers, *redraws, *judges]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
     trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path, plugins=[files])
+    job.hardware = f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"
     if trainer.is_global_zero:
         lost = [f"{len(lost.rows):,} cells are left out: {lost.why}" for lost in job.store.lost]
         for line in (opening_line(job, trainer), *data.said, *lost, *job.notes, *(probe.said for probe in probes)):
@@ -258,12 +261,24 @@ def export(job: Job, run: RunDirectory, best: str) -> None:
 def write_model_directory(job: Job, run: RunDirectory) -> None:
     """Write the native model directory of a job, and its card, from the weights that its network has."""
     metrics = read_metrics(run.metrics)
-    baselines = baselines_of(metrics)
-    job.files.card = model_card(
-        job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters())
+    facts = RunFacts(
+        sum(p.numel() for p in job.network.parameters()),
+        len(job.train_rows),
+        len(job.valid_rows),
+        job.hardware,
+        majority_accuracy(job.cell_conditions.get("label"), job.train_rows, job.valid_rows),
     )
+    job.files.card = model_card(job.recipe, job.files, metrics, baselines_of(metrics), facts)
     run.card.write_text(job.files.card, encoding="utf-8")
     save_model(run.model, job.network, job.files, replace=True)
+
+
+def majority_accuracy(labels: Codes | None, train: SomeRows, valid: SomeRows) -> float | None:
+    """Return how often the label that is most frequent in training is right in validation; None without labels."""
+    if labels is None or len(valid) == 0:
+        return None
+    learned, judged = (np.asarray(labels[np.asarray(rows, np.int64)], np.int64) for rows in (train, valid))
+    return float((judged == np.bincount(learned).argmax()).mean())
 
 
 def opening_line(job: Job, trainer: L.Trainer) -> str:
@@ -377,17 +392,3 @@ def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
             raise ScfmError(f"trainable: {pattern!r} matches no parameter; they are named like {names[:3]} ...")
     for name, parameter in network.named_parameters():
         parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
-    """Return the Weights & Biases logger where the recipe names a project."""
-    config: dict[str, Any] = asdict(recipe.wandb)
-    if not config["project"] or not is_main_process():
-        return []
-    from lightning.pytorch.loggers import WandbLogger
-
-    logger = WandbLogger(
-        project=config["project"], name=config["name"], offline=config["mode"] == "offline", save_dir=run.path
-    )
-    logger.log_hyperparams(recipe.to_dict())
-    return [logger]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from scfm.redaction import redacted
 from scfm.training.saving import is_full
 
 
@@ -61,5 +62,6 @@ class RunLog:
 
     def say_anyhow(self, line: str) -> None:
         """Print and write a line, whichever process this is."""
+        line = redacted(line)
         print(line, flush=True)
         self.lines.add(line + "\n")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
+from scfm.redaction import without_secrets
 from scfm.training.saving import checkpoints, drop_unfinished, step_of
 
 
@@ -93,7 +94,8 @@ def open_run(recipe: Recipe, resume: str | None) -> RunDirectory:
         run = RunDirectory(path, checkpoint)
     elif resume == "auto":
         # what a run leaves at its end says whether it is over; recipe.yaml may be written by another process just now
-        over = run.finished.exists() and yaml.safe_load(run.finished.read_text(encoding="utf-8")) == recipe.to_dict()
+        saved = yaml.safe_load(run.finished.read_text(encoding="utf-8")) if run.finished.exists() else None
+        over = saved == without_secrets(recipe.to_dict())
         run = RunDirectory(path, next(reversed(checkpoints(run.checkpoints)), None), over)
     if not is_main_process() or run.is_finished:
         return run

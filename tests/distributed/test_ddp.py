@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scfm.checkpoints.native import read_weights
 from scfm.data.shards import open_shards
-from scfm.training.callbacks import read_metrics
+from scfm.metrics_file import read_metrics
 from scfm.training.launch import build_trainer
 from scfm.training.run import modules_of, pretrain, pretraining_job
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.recipe import GuardConfig, ModelConfig, OptimizerConfig, Recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.guard import LEAST_DEVIATION, Guard
 from scfm.training.module import FoundationModule, Metrics
 from scfm.training.optimizers import build_optimizer

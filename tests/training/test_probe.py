@@ -13,9 +13,9 @@ from runs import tiny_recipe, write_shards
 
 import scfm
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.recipe import Recipe
 from scfm.recipe_check import check
-from scfm.training.callbacks import read_metrics
 from scfm.training.probe import JUDGED, Probe
 from scfm.training.run import pretrain
 

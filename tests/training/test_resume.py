@@ -10,8 +10,8 @@ from killing import assert_same_run
 from runs import tiny_recipe, write_shards
 
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.recipe import Recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.run import pretrain
 
 STEPS = 27  # 6 steps an epoch: the run ends in the middle of the fifth
