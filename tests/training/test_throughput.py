@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 from runs import tiny_recipe, write_shards
+
 from scfm.metrics_file import read_metrics
 from scfm.training.callbacks import apart
 from scfm.training.checkpointing import NewestCheckpoints
