@@ -195,8 +195,9 @@ def test_a_recipe_cannot_execute_code(name: str, tmp_path: Path, mark: Path) -> 
     file.write_text(RECIPES[name].format(mark=mark, pickled=pickled) + "\n")
     options = ["--data.shards", str(shards), "--out", str(tmp_path / "run"), "--trainer.max_steps", "1"]
     assert main(["pretrain", "--config", str(file), *options]) == 2
+    keys = {"data": {"shards": str(shards)}, "trainer": {"max_steps": 1}, "out": str(tmp_path / "run")}
     with pytest.raises(ScfmError):
-        pretrain(read_recipe(file, {"data": {"shards": str(shards)}, "trainer": {"max_steps": 1}}))
+        pretrain(read_recipe(file, keys))
     assert not mark.exists()
 
 
