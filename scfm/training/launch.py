@@ -20,17 +20,21 @@ from torch import nn
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe, TrainerConfig
 from scfm.training.cores import OwnCores
+from scfm.training.sharding import ShardedStrategy, refuse_what_cannot_be_cut
 
 # Every rank runs the same objectives on every step, so all parameters get a gradient, and no buffer ever differs
 DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False, "find_unused_parameters": False}
 OURS = ("compile", "gradient_checkpointing")  # keys of the trainer section that Lightning does not know
+FSDP_START = {"fsdp": "popen", "fsdp_fork": "fork"}
 DDP_START = {"ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn", "ddp_notebook": "fork"}
 
 
 def strategy_of(name: str) -> str | Strategy:
-    """Return DDP with the settings that fit these models; other strategies by Lightning's own names."""
+    """Return DDP or FSDP with the settings that fit these models; other strategies by Lightning's own names."""
     if name in DDP_START:
         return DDPStrategy(start_method=DDP_START[name], **DDP)  # type: ignore[arg-type]
+    if name in FSDP_START:
+        return ShardedStrategy(FSDP_START[name])
     return name
 
 
@@ -42,6 +46,8 @@ def build_trainer(recipe: Recipe, **objects: Any) -> L.Trainer:
     devices = torch.cuda.device_count() if options["devices"] == "auto" else options["devices"]
     several = devices not in (0, 1, "1", [0]) or options["num_nodes"] > 1
     strategy = "ddp" if options["strategy"] == "auto" and several else options["strategy"]
+    if strategy in FSDP_START:
+        refuse_what_cannot_be_cut(recipe)
     options["strategy"] = strategy_of(strategy)
     quieten()
     keep_memory()

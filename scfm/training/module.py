@@ -30,6 +30,7 @@ from scfm.objectives import Objective
 from scfm.recipe import OptimizerConfig
 from scfm.training.norms import GlobalNorm
 from scfm.training.optimizers import build_optimizer, build_schedule
+from scfm.training.sharding import ShardedStrategy
 
 Metrics = dict[str, Tensor]
 
@@ -57,6 +58,16 @@ class FoundationModule(L.LightningModule):
         self.valid_sums: Metrics = {}
         self.valid_cells = 0
 
+    def configure_model(self) -> None:
+        """Cut the network over the processes where the strategy says so."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.cut(self.network)
+
+    def on_fit_end(self) -> None:
+        """Put a network that was cut together again: what reads it after training knows nothing of processes."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.network = self.trainer.strategy.joined(self.network)
+
     def configure_optimizers(self) -> Any:
         scaled = self.trainer.precision == "16-mixed"
         optimizer = build_optimizer(self.network, self.optimizer_config, fused=not scaled)
@@ -72,6 +83,7 @@ class FoundationModule(L.LightningModule):
         assert isinstance(schedule, LRScheduler)
         optimizer.zero_grad(set_to_none=True)
         active = [objective for objective in self.objectives if self.global_step >= objective.start_step]
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
         norms = self.measure_norms(packs, active)
         metrics, pulls = self.global_losses(packs, active, norms)
         for index, pack in enumerate(packs):
@@ -85,11 +97,15 @@ class FoundationModule(L.LightningModule):
                     loss = loss + (output.cell * pull[index]).sum()
                 # DDP averages gradients over the ranks; the losses are shares of a global mean and must be summed
                 loss = loss * self.trainer.world_size
-                if last and len(active) < len(self.objectives):
+                if last and len(active) < len(self.objectives) and not sharded:
                     loss = loss + self.nothing_of_everything()
                 self.manual_backward(loss)
             add(metrics, pack_metrics)
         self.pull_norms(norms)
+        if sharded:  # what no objective reached learns nothing, as where a backward reaches everything
+            for parameter in self.network.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         schedule.step()
         self.step_metrics = metrics

@@ -188,6 +188,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
             progress.say(trainer, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     with own_port():
         trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
+    job.network = module.network
     if trainer.is_global_zero:
         export(job, run, best.best_model_path)
         progress.say(trainer, f"model: {run.model}")
