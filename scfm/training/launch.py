@@ -83,6 +83,10 @@ def quieten() -> None:
         "The number of training batches .* is smaller than the logging interval",  # lines count steps, not epochs
         "Total length of `list` across ranks is zero",  # no cells are held out for validation
         "You're resuming from a checkpoint that ended before the epoch ended",  # resume is exact, see CellDataModule
+        "It is recommended to use .*sync_dist=True",  # what is logged is the sum over all ranks already
+        "`broadcast_buffers` is deprecated",  # its successor is not known to torch 2.9 to 2.12
+        "Grad strides do not match bucket view strides",  # oneDNN's gradients, on CPUs
+        "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into what the model returns
     ):
         warnings.filterwarnings("ignore", message=meant)
 
