@@ -227,9 +227,14 @@ class FoundationModule(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip)
 
     def seed_dropout(self, pack: int, view: int = 0) -> None:
-        """Key dropout by (seed, step, rank, pack, view), so that a resumed run draws what an unbroken one would."""
+        """Key dropout by (seed, step, pack, view), so that a resumed run draws what an unbroken one would.
+
+        Packs count over all ranks, in the order in which one device would take them: where devices change nothing but
+        who takes which pack, they change no draw.
+        """
         if self.training:
-            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}" + (f"/{view}" if view else "")
+            place = pack * self.trainer.world_size + self.global_rank
+            key = f"{self.seed}/{self.global_step}/{place}/{view}"
             torch.manual_seed(int.from_bytes(blake2b(key.encode(), digest_size=7).digest(), "little"))
 
     def sum_over_ranks(self, metrics: Metrics) -> Metrics:
