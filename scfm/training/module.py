@@ -110,6 +110,21 @@ class FoundationModule(L.LightningModule):
         schedule.step()
         self.step_metrics = metrics
 
+    def try_step(self, pack: PackedBatch) -> None:
+        """Take the passes of a step of two such packs, all objectives active; gradients stay, and no update follows."""
+        views = max((objective.views for objective in self.objectives if objective.scope == "global"), default=1)
+        self.train()
+        with self.trainer.precision_plugin.train_step_context():
+            for last in (False, True):
+                with self.synchronising(last):
+                    output = self.look(pack, 0, [])
+                    loss, _ = self.pack_losses(pack, output, self.objectives)
+                    for view in range(views):
+                        if view > 0:
+                            output = self.look(pack, 0, [], view)
+                        loss = loss + output.cell.sum()
+                    loss.backward()
+
     def look(self, pack: PackedBatch, index: int, norms: Sequence[GlobalNorm], view: int = 0) -> ModelOutput:
         """Pass a pack through the network with the dropout and the norms of a view."""
         self.seed_dropout(index, view)

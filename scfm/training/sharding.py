@@ -98,7 +98,8 @@ class ShardedStrategy(ModelParallelStrategy):
         return whole(optimizer.state_dict(), keep=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        # Lightning forgets to hand on what the trainer was told where a checkpoint is restored after the setup
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -128,7 +129,9 @@ def refuse_what_cannot_be_cut(recipe: Recipe) -> None:
             f"model.input_norm: {recipe.model.input_norm} reads the embedding outside of the model's own passes"
         )
     if str(recipe.trainer.precision) in ("16-mixed", "16"):
-        wrong.append("trainer.precision: 16-mixed scales gradients, which Lightning does not offer here; use bf16-mixed")
+        wrong.append(
+            "trainer.precision: 16-mixed scales gradients, which Lightning does not offer here; use bf16-mixed"
+        )
     if wrong:
         raise ScfmError("trainer.strategy fsdp (ddp has no such limits):\n  " + "\n  ".join(wrong))
 
@@ -144,6 +147,11 @@ def whole(state: Any, keep: bool) -> Any:
         return item
 
     return tree_map(gathered, state)
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: all of one that is not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(value: Any, place: Any) -> Any:
