@@ -26,9 +26,9 @@ from scfm.training.sharding import ShardedStrategy, refuse_what_cannot_be_cut
 
 # Every rank runs the same objectives on every step, so all parameters get a gradient, and no buffer ever differs.
 # Of scGPT's 205 MB of gradients 124 are the gene embedding: one tensor, the last to be ready, alone in its bucket. The
-# blocks have 6.3 MB each: four to a bucket travel (0.1 ms by NVLink, 1 ms at 400 Gb/s) while the backward takes 7 ms for
-# the next four; larger buckets would wait for more of it, smaller ones send as much in more pieces.
-# No static_graph: with accumulation over packs Lightning's manual optimisation sums wrong under it (docs: parallelism).
+# blocks have 6.3 MB each: four to a bucket travel (0.1 ms by NVLink, 1 ms at 400 Gb/s) while the next four take 7 ms of
+# backward; larger buckets would wait for more of it, smaller ones send as much in more pieces.
+# No static_graph: with several packs to a step it sums wrong (docs/concepts/parallelism.md), with one it wins nothing.
 DDP = {
     "gradient_as_bucket_view": True,
     "broadcast_buffers": False,
