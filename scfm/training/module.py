@@ -54,6 +54,7 @@ class FoundationModule(L.LightningModule):
         self.objectives = list(objectives)
         self.optimizer_config = optimizer
         self.seed = seed
+        self.missed: dict[tuple[str, ...], list[Tensor]] = {}
         self.step_metrics: Metrics = {}
         self.valid_sums: Metrics = {}
         self.valid_cells = 0
@@ -97,14 +98,14 @@ class FoundationModule(L.LightningModule):
                     loss = loss + (output.cell * pull[index]).sum()
                 # DDP averages gradients over the ranks; the losses are shares of a global mean and must be summed
                 loss = loss * self.trainer.world_size
-                if last and len(active) < len(self.objectives) and not sharded:
-                    loss = loss + self.nothing_of_everything()
+                if last and not sharded:
+                    loss = loss + nothing_of(self.unreached(loss, active))
                 self.manual_backward(loss)
             add(metrics, pack_metrics)
         self.pull_norms(norms)
         if sharded:  # what no objective reached learns nothing, as where a backward reaches everything
-            for parameter in self.network.parameters():
-                if parameter.requires_grad and parameter.grad is None:
+            for parameter in self.trained():
+                if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         schedule.step()
@@ -152,14 +153,32 @@ class FoundationModule(L.LightningModule):
                 last = view == len(norms) - 1 and index == len(norm.packs) - 1
                 with self.synchronising(last):
                     loss = norm.pull(index) / scale
-                    self.manual_backward(loss + self.nothing_of_everything() if last else loss)
+                    self.manual_backward(loss + nothing_of(self.trained()) if last else loss)
         if norms:
             norms[0].learn()
             norms[0].norm.given = None
 
-    def nothing_of_everything(self) -> Tensor:
-        """Return a zero that depends on every parameter: the backward that synchronises has to reach them all."""
-        return torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum() * 0.0
+    def trained(self) -> list[Tensor]:
+        """Return the parameters that learn."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    def unreached(self, loss: Tensor, active: Sequence[Objective]) -> list[Tensor]:
+        """Return the parameters that learn but that a loss does not depend on, where these objectives are active.
+
+        DDP waits for the gradient of every parameter. Which ones a backward misses hangs on the objectives alone: the
+        graph is walked when these change, rather than at every step (`find_unused_parameters`).
+        """
+        names = tuple(objective.name for objective in active)
+        if names not in self.missed:
+            reached, seen, ahead = set(), set(), [loss.grad_fn]
+            while ahead:
+                node = ahead.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    reached.add(id(getattr(node, "variable", None)))
+                    ahead += [function for function, _ in node.next_functions]
+            self.missed[names] = [parameter for parameter in self.trained() if id(parameter) not in reached]
+        return self.missed[names]
 
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
         """Let only the last pack's backward synchronise gradients over the ranks."""
@@ -272,6 +291,11 @@ class FoundationModule(L.LightningModule):
         before, name = checkpoint.get("scfm_optimizer", "adamw"), self.optimizer_config.name
         if before != name:
             raise ScfmError(f"optimizer.name: the checkpoint was trained with {before}, the recipe names {name}")
+
+
+def nothing_of(parameters: Sequence[Tensor]) -> Tensor | float:
+    """Return a zero that depends on parameters: a backward that synchronises has to reach them."""
+    return torch.stack([parameter.sum() for parameter in parameters]).sum() * 0.0 if parameters else 0.0
 
 
 def add(sums: Metrics, more: Metrics) -> None:
