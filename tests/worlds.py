@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scfm.data.shards import open_shards
 from scfm.recipe import Recipe
+from scfm.training.checkpointing import FinalValidation
 from scfm.training.launch import build_trainer
 from scfm.training.run import Job, modules_of, pretraining_job
 
@@ -125,7 +126,9 @@ def trained(
     recipe = replace(recipe, trainer=replace(recipe.trainer, devices=devices, strategy=strategy))
     module, data = modules_of((job or pretraining)(recipe))
     losses = Losses(save_at, path)
-    trainer = build_trainer(recipe, callbacks=[losses, *watch], logger=False, enable_checkpointing=False)
+    trainer = build_trainer(
+        recipe, callbacks=[FinalValidation(), losses, *watch], logger=False, enable_checkpointing=False
+    )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     state = module.network.state_dict() if trainer.is_global_zero else {}
     return {name: tensor.detach().clone() for name, tensor in state.items()}, losses.found

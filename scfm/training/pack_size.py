@@ -30,7 +30,7 @@ from scfm.training.sharding import ShardedStrategy, part_of
 from scfm.workload import SAMPLED_CELLS, Cells
 
 FIRST = 8  # the first trial is this part of what the memory model expects
-TRIALS = 6
+TRIALS = 8
 WORTH = 1.1  # a trial that could win less than a tenth is not made
 GB = 1e9
 GRAIN = 64  # tokens are rounded down to a multiple, so that machines of a kind find the same
@@ -201,19 +201,24 @@ def largest(trial: Callable[[float], tuple[int, float]], start: float, most: flo
         budget: bytes.
     """
     fitting: list[tuple[int, float]] = []
-    wished = min(start, most)
+    wished, too_large, breaks = min(start, most), float("inf"), False
     for _ in range(TRIALS):
         tokens, taken = trial(wished)
         if taken <= budget:
             fitting.append((tokens, taken))
             wished = min(room(fitting, budget), most)
-            if wished < WORTH * tokens:
-                break
-        elif fitting:
-            break
         else:
-            wished = tokens / 2
-    return room(fitting, budget) if fitting else 0.0
+            too_large, breaks = min(too_large, tokens), breaks or taken == float("inf")
+            wished = tokens * min(0.5, max(0.9 * budget / taken, 0.1))
+        if fitting:
+            fits = max(fitting)[0]
+            between = (fits + too_large) / 2
+            wished = between if taken > budget else min(wished, between)
+            if wished < WORTH * fits:
+                break
+    if not fitting:
+        return 0.0
+    return max(fitting)[0] if breaks else room(fitting, budget)  # what breaks early does not follow the line
 
 
 def room(fitting: list[tuple[int, float]], budget: float) -> float:

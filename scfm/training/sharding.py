@@ -52,7 +52,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         if self.form is not None:
             return
-        self.form = copy.deepcopy(network).to("meta")
+        bare: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in network.parameters()}
+        self.form = copy.deepcopy(network, bare)
         mesh = self.device_mesh["data_parallel"]
         precision = str(self.precision_plugin.precision)
         # autocast chooses the types of what flows between blocks
@@ -71,7 +72,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.form is not None
         weights, form = whole(network.state_dict(), keep=self.is_global_zero), self.form
         if self.is_global_zero:
-            form.to_empty(device="cpu").load_state_dict(weights)
+            form.load_state_dict(weights, assign=True)  # in the precision that they have by now
         return form
 
     @contextmanager

@@ -18,15 +18,16 @@ pytestmark = pytest.mark.distributed
 
 # sums over packs and ranks are rounded in another order, of float32 weights below 3
 TOLERANCE = 2e-6
-STEPS = 4
+STEPS = 3
 SMOOTH = {"lr": 1e-2, "eps": 1e-2}  # AdamW without its division by nearly nothing
 STILL = {"dropout": 0.0, "layers": 2}
 DOMAINS = {"input_norm": "domain", "domain": "batch", "cell_conditions": ["batch"]}
 MANY, ONE_EACH = 130, 5000  # tokens per pack: four of four cells to a batch, or one on every process
 
 
+@pytest.fixture(scope="module")
 def recipes(shards: Path) -> dict[str, Recipe]:
-    """Return the runs to compare, by name; those of fixed size go under FSDP too."""
+    """The runs to compare, by name."""
 
     def recipe(tokens: int, make: Any = tiny_recipe, **sections: Any) -> Recipe:
         sections["data"] = {"tokens_per_pack": tokens, "valid_fraction": 0.05, **sections.get("data", {})}
@@ -63,13 +64,13 @@ Runs = dict[str, tuple[Weights, dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def alone(shards: Path) -> Runs:
-    return {name: trained(recipe) for name, recipe in recipes(shards).items()}
+def alone(recipes: dict[str, Recipe]) -> Runs:
+    return {name: trained(recipe) for name, recipe in recipes.items()}
 
 
 @pytest.mark.parametrize(("devices", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
-def test_several_processes_equal_one(shards: Path, alone: Runs, devices: int, strategy: str) -> None:
-    chosen = {name: recipe for name, recipe in recipes(shards).items() if strategy == "ddp" or name not in WHOLE}
+def test_several_processes_equal_one(recipes: dict[str, Recipe], alone: Runs, devices: int, strategy: str) -> None:
+    chosen = {name: recipe for name, recipe in recipes.items() if strategy == "ddp" or name not in WHOLE}
 
     def every() -> Runs:
         return {name: trained(recipe, devices=devices, strategy=strategy) for name, recipe in chosen.items()}
