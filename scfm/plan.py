@@ -134,6 +134,10 @@ def plan_of(
             raise ScfmError(f"--{name}: {number} must be at least 1")
     if mfu is not None and not 0 < mfu <= 1:
         raise ScfmError(f"--mfu: {mfu} must be a share above 0 and at most 1, e.g. 0.38 for 38 %")
+    if recipe.task is not None and recipe.task.name == "integration":
+        from scfm.tasks.integration import with_batch
+
+        recipe = with_batch(recipe, recipe.task)
     devices = gpus or devices_of(recipe)
     known = cells_of(recipe, cells, vocabulary)
     objectives, assumed = objectives_of(recipe, known)
