@@ -126,7 +126,8 @@ def test_cell_without_a_known_condition_gets_the_mean_of_all() -> None:
     model = small_model(cell={"batch": 3})
     batch = pack(cell_conditions={"batch": torch.tensor([0, -1, 2, -1])})
     condition = model.backbone.conditions(batch, batch.cu_seqlens[:-1].long())
-    every = model.backbone.conditions(pack(cell_conditions={"batch": torch.tensor([0, 1, 2, 0])}), torch.arange(4))
+    known = pack(cell_conditions={"batch": torch.tensor([0, 1, 2, 0])})
+    every = model.backbone.conditions(known, known.cu_seqlens[:-1].long())
     assert condition is not None
     assert every is not None
     torch.testing.assert_close(condition[[0, 2]], every[[0, 2]])
