@@ -14,6 +14,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from scfm.errors import SAVED, RunStopped, ScfmError
 from scfm.training.peers import LOST, Peers
+from scfm.training.restarts import meet_afresh
 from scfm.training.stopping import Agreement, StopSignals, take_over_signals
 
 NOTICE = 3.0  # seconds between the error of a collective and what tells whose end it was
@@ -38,6 +39,7 @@ class Together(L.Callback):
 
         In one of several processes that has lost another, it ends the process.
         """
+        meet_afresh()
         take_over_signals(trainer)
         self.signals.launcher = trainer.strategy.launcher
         with self.signals:

@@ -132,7 +132,14 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     recipe.trainer.strategy = "ddp"
     recipe.save(tmp_path / "recipe.yaml")
     log = Path(recipe.out) / "log.txt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={kills}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={kills}",
+    ]
     command += ["--monitor-interval=0.1", "-m", "scfm.cli", "pretrain", "--config", str(tmp_path / "recipe.yaml")]
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as agent:
         try:
