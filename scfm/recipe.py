@@ -31,6 +31,7 @@ class DataConfig:
         max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
+            `auto` measures what the device's memory holds, by trial steps before the first.
         fill_packs: Fill all packs of a global batch to one length with pseudo-cells: even memory, few shapes (GPUs).
         values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT; a
             cell's total is that over the vocabulary's genes, and normalised shards must hold these logarithms already),
@@ -67,7 +68,7 @@ class DataConfig:
     max_genes: int = 1199
     values: Literal["binned", "log2", "raw"] = "binned"
     cells_per_batch: int = 512
-    tokens_per_pack: int = 65536
+    tokens_per_pack: int | Literal["auto"] = 65536
     fill_packs: bool = False
     n_bins: int = 51
     tie_policy: TiePolicy = "left"
@@ -253,6 +254,8 @@ class TrainerConfig:
     Args:
         compile: Compile each transformer block with `torch.compile`: minutes at the start, then fused kernels (GPUs).
         gradient_checkpointing: Recompute each block in the backward: a fraction of the memory for a third more time.
+        strategy: `auto` (one device, or ddp for several), `ddp`, `fsdp` (FSDP2: weights, gradients and optimizer states
+            are cut over the devices), or a name of Lightning's, e.g. ddp_fork; fsdp_fork is the same for FSDP2.
     """
 
     compile: bool = False

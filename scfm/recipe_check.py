@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> None:
         ),
         (data.max_genes >= 1, f"data.max_genes: {data.max_genes} must be at least 1"),
         (
-            data.tokens_per_pack > data.max_genes,
+            data.tokens_per_pack == "auto" or data.tokens_per_pack > data.max_genes,
             f"data.tokens_per_pack: {data.tokens_per_pack} cannot hold one cell of {data.max_genes} genes and <cls>",
         ),
         (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),

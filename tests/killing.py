@@ -55,11 +55,20 @@ def ended(process: multiprocessing.process.BaseProcess, patience: float = PATIEN
 
 def group_of(leader: int | None) -> list[int]:
     """Return the processes that one has started, itself included, but for those that have ended."""
+    return processes_with(2, leader)
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the processes that one has started itself, but for those that have ended."""
+    return processes_with(1, parent)
+
+
+def processes_with(field: int, value: int | None) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended just now
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == leader and fields[0] != "Z":
+            if int(fields[field]) == value and fields[0] != "Z":
                 found.append(int(stat.parent.name))
     return found
 

@@ -20,6 +20,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scfm.errors import ScfmError
@@ -57,7 +58,8 @@ class Guard(L.Callback):
             norm: of the gradient that all processes share.
             terms: names of the objectives that the loss is of.
         """
-        loss, norm = loss.detach().float().clone(), norm.detach().float()
+        loss = loss.detach().float().clone()
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach().float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(loss)
         if self.losses is None or self.terms != tuple(terms):  # the loss of other objectives is no spike

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -72,8 +72,13 @@ class Peers(threading.Thread):
         if self.rank == min(remaining):
             self.say(self.lost)
         time.sleep(GRACE)
+        self.leave()
+
+    def leave(self) -> NoReturn:
+        """End this process at once: what is left of its process group would hang in being taken apart."""
         self.before_end()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(LOST)
 
     def end(self) -> None:

@@ -209,6 +209,7 @@ def fit(job: Job, run: RunDirectory) -> Path:
             log.say("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     with own_port(), together.running(trainer):
         trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
+        job.network = module.network
         if trainer.is_global_zero:
             export(job, run, best.best_model_path)
             log.say(f"model: {run.model}")

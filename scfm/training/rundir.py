@@ -5,7 +5,6 @@ recipe.yaml  metrics.csv  log.txt  checkpoints/  plots/  model/  README.md  fini
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
 from scfm.redaction import without_secrets
+from scfm.training.restarts import restarts
 from scfm.training.saving import checkpoints, drop_unfinished, step_of
 
 
@@ -85,7 +85,7 @@ def open_run(recipe: Recipe, resume: str | None) -> RunDirectory:
     """
     path = Path(recipe.out)
     run = RunDirectory(path, None)
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if resume is None and restarts():
         resume = "auto"
     if resume not in (None, "auto"):
         checkpoint = Path(str(resume))

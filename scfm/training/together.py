@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from scfm.errors import SAVED, RunStopped, ScfmError
 from scfm.training.peers import LOST, Peers
+from scfm.training.restarts import meet_afresh
 from scfm.training.stopping import Agreement, StopSignals, take_over_signals
 
 NOTICE = 3.0  # seconds between the error of a collective and what tells whose end it was
@@ -33,7 +35,11 @@ class Together(L.Callback):
 
     @contextmanager
     def running(self, trainer: L.Trainer) -> Iterator[None]:
-        """Note signals meanwhile, and say of an error what it is at bottom. Raises RunStopped or ScfmError for it."""
+        """Note signals meanwhile, and say of an error what it is at bottom. Raises RunStopped or ScfmError for it.
+
+        In one of several processes that has lost another, it ends the process.
+        """
+        meet_afresh()
         take_over_signals(trainer)
         self.signals.launcher = trainer.strategy.launcher
         with self.signals:
@@ -41,6 +47,9 @@ class Together(L.Callback):
                 yield
             except Exception as error:
                 reason = self.reason(error, trainer)
+                if self.peers is not None and self.peers.lost:
+                    print(f"scfm: {reason}", file=sys.stderr)
+                    self.peers.leave()
                 if reason is error:
                     raise
                 raise reason from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from scfm.recipe import Recipe
 from scfm.training import peers, saving
 from scfm.training.run import pretrain
 from scfm.training.saving import checkpoints, step_of
+from scfm.training.stopping import StopSignals
 
 STEPS = 15  # 6 to an epoch, which a validation ends
 
@@ -107,16 +109,14 @@ def test_asked_to_stop_before_the_first_step(shards: Path, tmp_path: Path) -> No
     recipe = recipe_for(shards, tmp_path / "run")
 
     def prepare() -> None:
-        from scfm.training import run as training
+        enter = StopSignals.__enter__
 
-        build = training.build_trainer
+        def asked(self: StopSignals) -> StopSignals:
+            enter(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return self
 
-        def asked(*args: object, **options: object) -> object:
-            trainer = build(*args, **options)  # type: ignore[arg-type]
-            trainer.callbacks[0].signals.asked = "SIGTERM"
-            return trainer
-
-        training.build_trainer = asked  # type: ignore[assignment]
+        StopSignals.__enter__ = asked  # type: ignore[method-assign]
 
     assert run(recipe, prepare) == SAVED
     assert saved(tmp_path / "run") == []
@@ -162,8 +162,8 @@ def test_a_finished_run_is_left_as_it_is(shards: Path, undisturbed: Path, capsys
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name != "log.txt"} == before
 
 
-def test_a_finished_run_can_be_made_longer(shards: Path, tmp_path: Path) -> None:
-    pretrain(recipe_for(shards, tmp_path / "run"))
+def test_a_finished_run_can_be_made_longer(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
     longer = recipe_for(shards, tmp_path / "run")
     longer.trainer.max_steps = STEPS + 3
     pretrain(longer, resume="auto")

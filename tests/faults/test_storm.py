@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import PATIENCE, assert_same_run, begin, ended, group_of, no_orphans
+from killing import PATIENCE, assert_same_run, begin, children_of, ended, group_of, no_orphans
 from runs import tiny_recipe, write_shards
 
 from scfm.errors import SAVED
@@ -132,20 +132,27 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     recipe.trainer.strategy = "ddp"
     recipe.save(tmp_path / "recipe.yaml")
     log = Path(recipe.out) / "log.txt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={kills}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={kills}",
+    ]
     command += ["--monitor-interval=0.1", "-m", "scfm.cli", "pretrain", "--config", str(tmp_path / "recipe.yaml")]
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True) as agent:
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as agent:
         try:
             for kill in range(kills):
                 goal = (kill + 1) * 40 + draw.randint(0, 10)
                 while step_reached(Path(recipe.out)) < goal:
                     assert agent.poll() is None, "torchrun gave up"
                     time.sleep(0.01)
-                workers = [number for number in group_of(agent.pid) if number != agent.pid]
-                os.kill(draw.choice(workers), signal.SIGKILL)
+                os.kill(draw.choice(children_of(agent.pid)), signal.SIGKILL)
             assert agent.wait(10 * PATIENCE) == 0
         finally:
-            for left in group_of(agent.pid):
+            for left in children_of(agent.pid):
                 os.kill(left, signal.SIGKILL)
+            agent.kill()
     assert log.read_text().count("ended in the middle of the run") >= 1
     assert_same_run(Path(recipe.out), Path(whole.out))

@@ -6,20 +6,23 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from runs import tiny_recipe, write_shards
 from torch import Tensor, nn
 
 from scfm.checkpoints.native import read_weights
+from scfm.data.shards import open_shards
 from scfm.errors import ScfmError
 from scfm.metrics_file import read_metrics
 from scfm.recipe import GuardConfig, ModelConfig, OptimizerConfig, Recipe
 from scfm.training.guard import LEAST_DEVIATION, Guard
 from scfm.training.module import FoundationModule, Metrics
 from scfm.training.optimizers import build_optimizer
-from scfm.training.run import pretrain
+from scfm.training.run import modules_of, pretrain, pretraining_job
 from scfm.training.saving import BackgroundCheckpoints
 
 NAN = float("nan")
@@ -136,6 +139,23 @@ def test_under_a_gradient_scaler_the_gradient_is_dropped() -> None:
         weight.grad = torch.ones(2)
         guard_of().apply(optimizer, torch.tensor(bad), scaled=True)
         assert (weight.grad is None) == bool(bad)
+
+
+@pytest.mark.parametrize(("scale", "bad", "counted"), [(16.0, [2], 1), (2.0**127, [], 4)], ids=["loss", "overflow"])
+def test_a_run_with_a_gradient_scaler_counts_its_skips_too(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, scale: float, bad: list[int], counted: int
+) -> None:
+    spoil(monkeypatch, bad)
+    recipe, guard = guarded(shards, Path("unused")), guard_of()
+    module, data = modules_of(pretraining_job(recipe, open_shards(shards), shuffled=True), guard)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    L.Trainer(accelerator="cpu", max_steps=4, plugins=precision, callbacks=[guard], **quiet).fit(module, data)
+    assert guard.left_out == counted
+    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    assert any(moved) == (counted < 4)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
 def test_a_run_leaves_out_what_is_not_finite_and_spikes(
