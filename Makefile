@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test parity lint constraints clean
+.PHONY: demo test parity lint audit constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/scfm demo --out demo
@@ -19,6 +19,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy scfm
+
+# Known vulnerabilities of the pinned packages; passes, and says so, where PyPI's advisories cannot be reached
+audit:
+	$(PYTHON) scripts/audit.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,4 +53,4 @@ constraints:
 	rm -rf .venv-constraints
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo runs
+	rm -rf $(VENV) .venv-audit .pytest_cache .mypy_cache .ruff_cache .hypothesis demo runs

@@ -8,7 +8,7 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from scfm.errors import ScfmError
+from scfm.errors import RunStopped, ScfmError
 from scfm.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ VERBS = {
     "plan": ("scfm.plan:plan", "parameters, FLOPs, memory and hours of a recipe, before it is launched"),
     "pretrain": ("scfm.training.run:pretrain", "a recipe and shards -> a pretrained model"),
     "finetune": ("scfm.training.finetune:finetune", "a recipe, a model and labelled shards -> a fine-tuned model"),
+    "status": ("scfm.status:status", "how a run stands: step, time left, losses, checkpoints; also while it runs"),
     "embed": ("scfm.inference:embed", "write cell embeddings into .obsm of an h5ad file"),
     "predict": ("scfm.inference:predict", "write predicted labels into .obs of an h5ad file"),
     "index": ("scfm.tasks.mapping:index", "embed labelled cells into a reference index, or add cells to one"),
@@ -34,7 +35,10 @@ VERBS = {
         "scfm.evaluation.study:study",
         "which keys of a fine-tuning recipe matter: a grid, resumable, in parallel",
     ),
-    "convert": ("scfm.checkpoints.convert:convert", "checkpoints of scGPT and scBERT to scfm and back"),
+    "convert": (
+        "scfm.checkpoints.convert:convert",
+        "checkpoints of scGPT and scBERT to scfm and back; to ONNX",
+    ),
     "bench attention": ("scfm.bench.attention:attention", "every attention backend of a device beside the dense mask"),
     "bench loader": ("scfm.bench.loader:loader", "cells on disk -> packed batches, cells per second"),
     "bench train": ("scfm.bench.train:train", "training steps of a recipe: cells per second, MFU, memory"),
@@ -44,7 +48,11 @@ RECIPE_VERBS = ("plan", "pretrain", "finetune", "bench train", "bench embed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 where a check failed, or 2 for bad input, said in one message."""
+    """Run one verb; return the exit code.
+
+    0; 1 where a check failed or a process of a run was lost; 2 for bad input, said in one message; 75 for a run that
+    was asked to stop and has saved itself.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given in (["--version"], ["-V"]):
         print(f"scfm {__version__}")
@@ -61,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ScfmError as error:
         print(f"scfm: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stopped:
+        print(f"scfm: {stopped}", file=sys.stderr)
+        return int(stopped.code or 0)
     return 0 if passed else 1
 
 

@@ -56,8 +56,8 @@ def demo(out: str = "demo", *, seeds: int = 3) -> None:
     from scfm.evaluation.report import print_report, write_report
     from scfm.evaluation.splits import stratified_split
     from scfm.evaluation.training_plots import TrainingLog
+    from scfm.metrics_file import read_metrics
     from scfm.recipe_reader import bundled, read_yaml
-    from scfm.training.callbacks import read_metrics
 
     started = time.perf_counter()
     torch.set_num_threads(1)  # packs this small cost more to share between threads than to compute

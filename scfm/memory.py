@@ -7,7 +7,9 @@ the next layer's input; dropout saves its mask; and under autocast the input of 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,41 @@ from scfm.recipe import ModelConfig
 
 FLOAT32, INDEX = 4, 8
 ADAM_STATES = 2  # per weight
+USABLE = 0.9  # share of a GPU's memory; the rest goes to the driver's context and to fragmentation
+CPU_SHARE = 0.5  # of a machine's free memory; the rest is for shards, batches prepared ahead and the heap's own room
+
+
+def free_memory() -> float:
+    """Return the bytes of memory that this machine can still give, or all it has where the system does not say.
+
+    A job of a cluster or a container may be allowed less than the machine has (cgroup v2).
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min([free, *allowed_memory()])
+
+
+def allowed_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """Return the bytes that each group of this process still allows it (cgroup v2), files in memory not counted."""
+    if not own.exists():
+        return []
+    names = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    folders = [
+        folder
+        for name in names
+        for folder in (root / name, *(root / name).parents)
+        if root in (folder, *folder.parents)
+    ]
+    found = []
+    for folder in folders:
+        limit, stat = folder / "memory.max", folder / "memory.stat"
+        if limit.exists() and stat.exists() and (most := limit.read_text().strip()) != "max":
+            used = next(float(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("anon "))
+            found.append(max(float(most) - used, 0.0))
+    return found
 
 
 @dataclass(frozen=True)

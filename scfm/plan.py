@@ -6,7 +6,7 @@ pseudo-cells of filled packs cost. On a GPU the MFU is assumed; on the CPU at ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,15 +18,15 @@ from torch import nn
 from scfm.ceiling import product_type
 from scfm.errors import ScfmError
 from scfm.flops import DEVICES, Work, training_flops
-from scfm.memory import ADAM_STATES, Memory, Place, Precision, memory_of
+from scfm.memory import ADAM_STATES, USABLE, Memory, Place, Precision, free_memory, memory_of
 from scfm.model import MODELS
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import Recipe, TaskConfig, check
+from scfm.recipe import Recipe, TaskConfig
+from scfm.recipe_check import check
 from scfm.workload import Cells, Packs, cells_of, mean_work, packs_of, schedule_of
 
 ASSUMED_MFU = 0.38
 WITHOUT_RECOMPUTATION = 3 / 4  # share of a step's FLOPs that are the model's where blocks run forward twice
-USABLE = 0.9  # share of a device's memory; the rest goes to the driver's context and to fragmentation
 HEAP = "memory: what is alive at the fullest moment; a small process held twice that (compiled products, heap)"
 OPTIMIZER_TRAFFIC = 7  # numbers that AdamW moves per weight: reads weight, gradient, two states; writes all but one
 
@@ -144,8 +144,12 @@ def plan_of(
     with torch.device("meta"):
         network = network_of(recipe, known, objectives)
 
+    memory_of_step = step_memory(recipe, network, known, objectives, "cpu" if device == "cpu" else "cuda")
+    available = free_memory() if device == "cpu" else DEVICES[device].memory
+    largest = largest_pack(memory_of_step, USABLE * available, int(known.lengths.max()))
+    recipe, guessed = with_packs(recipe, known, largest, devices)
     packs = packs_of(recipe, known, devices)
-    memory, available, largest = memory_plan(recipe, network, known, packs, objectives, device)
+    memory = memory_of_step(packs.tokens, packs.rounds > 1)
     speed = speed_of(recipe, network, known, packs, objectives, device, mfu)
     valid = round((known.count or 0) * recipe.data.valid_fraction)
     steps, validations = schedule_of(recipe, None if known.count is None else known.count - valid)
@@ -180,7 +184,7 @@ def plan_of(
         device_hours=None if seconds is None else seconds * (1 if device == "cpu" else devices) / 3600,
         checkpoint_bytes=width * (weights + ADAM_STATES * trained),
         model_bytes=width * weights,
-        assumptions=(*known.said, *assumed, speed.said, *([HEAP] if device == "cpu" else [])),
+        assumptions=(*known.said, *assumed, *guessed, speed.said, *([HEAP] if device == "cpu" else [])),
     )
 
 
@@ -251,22 +255,20 @@ def run_flops(
     return sum((end - start) * training_flops(network, objectives, batch, start) for start, end in pairwise(starts))
 
 
-def memory_plan(
-    recipe: Recipe, network: nn.Module, cells: Cells, packs: Packs, objectives: Sequence[Objective], device: DeviceName
-) -> tuple[Memory, float, int]:
-    """Return the memory of a step, that of the device, and the largest `tokens_per_pack` that fits into it."""
-    kind = "cpu" if device == "cpu" else "cuda"
+def step_memory(
+    recipe: Recipe, network: nn.Module, cells: Cells, objectives: Sequence[Objective], kind: Literal["cpu", "cuda"]
+) -> Callable[[int, bool], Memory]:
+    """Return what a step takes on a kind of device, from the tokens of a pack and whether a step has several."""
     # flash kernels take 16 bits, and heads of a multiple of 8
     odd = product_type(recipe.trainer.precision) == torch.float32 or recipe.model.width // recipe.model.heads % 8 > 0
     slow = kind == "cuda" and odd
     auto = recipe.model.backend == "auto"
     dense = recipe.model.backend == "dense" or (auto and slow) or recipe.model.attention_dropout > 0
-    longest = int(cells.lengths.max())
     at = Place(
         Precision.of(recipe.trainer.precision),
         0 if kind == "cpu" else 1,
         dense,
-        longest,
+        int(cells.lengths.max()),
         recipe.trainer.gradient_checkpointing,
     )
     views = max((objective.views for objective in objectives if objective.scope == "global"), default=1)
@@ -276,25 +278,29 @@ def memory_plan(
         pack = mean_work(recipe, cells, tokens / cells.tokens_per_cell)
         return memory_of(network, recipe.model, replace(pack, tokens=tokens), passes, several, at)
 
-    available = free_memory() if device == "cpu" else DEVICES[device].memory
+    return memory
+
+
+def largest_pack(memory: Callable[[int, bool], Memory], budget: float, longest: int) -> int:
+    """Return the largest `tokens_per_pack` whose step fits into a budget of bytes, 0 where a cell does not fit."""
     low, high = 0, 2**14  # in units of 1024 tokens
     while low < high:
         middle = (low + high + 1) // 2
-        fits = memory(1024 * middle, True).total <= USABLE * available
+        fits = memory(1024 * middle, True).total <= budget
         low, high = (middle, high) if fits else (low, middle - 1)
-    largest = 1024 * low if 1024 * low >= longest else 0
-    return memory(packs.tokens, packs.rounds > 1), available, largest
+    return 1024 * low if 1024 * low >= longest else 0
 
 
-def free_memory() -> float:
-    """Return the bytes of memory that this machine can still give, or all it has where the system does not say."""
-    import os
-
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def with_packs(recipe: Recipe, cells: Cells, largest: int, devices: int) -> tuple[Recipe, list[str]]:
+    """Return a recipe whose `tokens_per_pack: auto` is a number, and what is said of it. Raises ScfmError for none."""
+    if recipe.data.tokens_per_pack != "auto":
+        return recipe, []
+    if largest == 0:
+        raise ScfmError("data.tokens_per_pack: auto finds none, for not even the longest cell fits into the memory")
+    share = -(-recipe.data.cells_per_batch // devices) * int(cells.lengths.max())
+    tokens = min(largest, share)
+    said = f"data.tokens_per_pack: auto, {tokens:,} by the memory model; a run measures what its devices hold"
+    return replace(recipe, data=replace(recipe.data, tokens_per_pack=tokens)), [said]
 
 
 def speed_of(

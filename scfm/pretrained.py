@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from scfm.checkpoints.hub import model_folder, push_folder
 from scfm.checkpoints.native import ModelFiles, as_plain, load_model, save_model
 from scfm.data.batch import PackedBatch
 from scfm.data.hashing import store_hashes
@@ -234,6 +236,32 @@ class PretrainedModel:
         save_model(Path(folder), self.network, self.files)
         self.source = str(folder)
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> PretrainedModel:
+        """Return the model of a directory or of the Hub; the Hub's name for `scfm.load`."""
+        return load(path, revision=revision, token=token)
+
+    def push_to_hub(
+        self, name: str, *, private: bool = True, token: str | None = None, message: str | None = None
+    ) -> str:
+        """Publish the model on the Hub as a native model directory and nothing else; return its URL.
+
+        Read README.md first: it needs a licence, and `training_data.json` names sources, donors and data sets.
+
+        Args:
+            name: `org/name`, created where it is not there yet.
+            private: whether only its owners see a repository that is created now.
+            token: with the right to write; that of `hf auth login` or HF_TOKEN if not given.
+            message: of the commit.
+
+        Raises ScfmError where the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            save_model(Path(place) / "model", self.network, self.files)
+            return push_folder(Path(place) / "model", name, private=private, token=token, message=message)
+
     def store(self, adata: AnnData, accept_normalised: bool = False, genes: GeneTable | None = None) -> CellStore:
         """Return the cells in the model's vocabulary."""
         from scfm.data.sources import store_from_anndata
@@ -284,8 +312,10 @@ class PretrainedModel:
         tokens_per_pack: int,
         cells_per_batch: int = CELLS_PER_BATCH,
         rows: NDArray[np.int64] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[PackedBatch]:
-        """Yield packs of all cells, or of some rows, in turn, nothing hidden.
+        """Yield packs of all cells, or of some rows, in turn, nothing hidden; of several processes, those of one.
 
         A cell's random draws (genes sampled from a long cell, ties) are keyed by its own profile, never by its row.
         """
@@ -298,6 +328,8 @@ class PretrainedModel:
             tokens_per_pack=max(tokens_per_pack, tokens.max_genes + 1),
             cell_conditions=conditions,
             keys=keys,
+            rank=rank,
+            world_size=world_size,
         )
         self.network.to(self.device)
         for packs in loader.batches(epoch=0):
@@ -329,10 +361,15 @@ class PretrainedModel:
         }
 
 
-def load(path: str | Path) -> PretrainedModel:
-    """Return the model of a native model directory, ready to embed, predict or be fine-tuned.
+def load(path: str | Path, *, revision: str | None = None, token: str | None = None) -> PretrainedModel:
+    """Return the model of a native model directory or of the Hub, ready to embed, predict or be fine-tuned.
 
-    Raises ScfmError where the directory is not a model, or its weights do not fit.
+    Args:
+        path: the directory, or the model's name on the Hub: `org/name`.
+        revision: branch, tag or commit on the Hub.
+        token: for models on the Hub that are not public; that of `hf auth login` or HF_TOKEN if not given.
+
+    Raises ScfmError where the directory is not a model, its weights do not fit, or the Hub does not have it.
     """
-    network, files = load_model(path)
+    network, files = load_model(model_folder(path, revision, token))
     return PretrainedModel(network, files, str(path))

@@ -6,15 +6,14 @@ Classes are named by registered names (`model.name: scgpt`), never by import pat
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from scfm.errors import ScfmError
-from scfm.recipe_task import TaskConfig, wrong_task
+from scfm.recipe_task import TaskConfig
+from scfm.redaction import without_secrets
 
 TiePolicy = Literal["left", "random"]
 
@@ -32,6 +31,7 @@ class DataConfig:
         max_genes: Most genes of a cell that become tokens, `<cls>` not counted; longer cells are sampled down.
         cells_per_batch: Cells in one optimizer step, over all devices (the global batch).
         tokens_per_pack: Most tokens in one forward pass on one device; a global batch takes as many passes as needed.
+            `auto` measures what the device's memory holds, by trial steps before the first.
         fill_packs: Fill all packs of a global batch to one length with pseudo-cells: even memory, few shapes (GPUs).
         values: `binned` by the cell's own quantiles (scGPT), `log2` of 1 + counts per 10,000, rounded down (scBERT; a
             cell's total is that over the vocabulary's genes, and normalised shards must hold these logarithms already),
@@ -68,7 +68,7 @@ class DataConfig:
     max_genes: int = 1199
     values: Literal["binned", "log2", "raw"] = "binned"
     cells_per_batch: int = 512
-    tokens_per_pack: int = 65536
+    tokens_per_pack: int | Literal["auto"] = 65536
     fill_packs: bool = False
     n_bins: int = 51
     tie_policy: TiePolicy = "left"
@@ -254,6 +254,8 @@ class TrainerConfig:
     Args:
         compile: Compile each transformer block with `torch.compile`: minutes at the start, then fused kernels (GPUs).
         gradient_checkpointing: Recompute each block in the backward: a fraction of the memory for a third more time.
+        strategy: `auto` (one device, or ddp for several), `ddp`, `fsdp` (FSDP2: weights, gradients and optimizer states
+            are cut over the devices), or a name of Lightning's, e.g. ddp_fork; fsdp_fork is the same for FSDP2.
     """
 
     compile: bool = False
@@ -289,26 +291,64 @@ class TrainerConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """A linear probe: how well a linear classifier reads labels off the frozen cell embeddings.
+
+    Args:
+        data: A small labelled .h5ad file of cells that the run does not train on.
+        label: Its obs column of labels.
+    """
+
+    data: str
+    label: str
+
+
+@dataclass
 class CheckpointConfig:
     """When a run is saved, which of its weights are exported, and when it ends early.
 
     Args:
         every_steps: Optimizer steps between checkpoints.
+        every_minutes: The most minutes between checkpoints, whatever the steps; 0 counts steps alone.
         keep: Checkpoints kept besides the best.
-        best: The validation metric whose best weights are exported, e.g. valid/loss or valid/cls_accuracy; one whose
-            name ends in `accuracy` should be high, any other low.
+        best: The metric whose best weights are exported, e.g. valid/loss, valid/cls_accuracy or probe/accuracy; one
+            whose name ends in `accuracy` or `f1` should be high, any other low.
         patience: Validations in a row without a better `best` after which the run ends; 0 never ends it early.
+        probe: A linear probe at every validation; null for none.
     """
 
     every_steps: int = 1000
+    every_minutes: float = 30.0
     keep: int = 2
     best: str = "valid/loss"
     patience: int = 0
+    probe: ProbeConfig | None = None
 
     @property
     def mode(self) -> Literal["min", "max"]:
         """Whether the best metric is the lowest or the highest."""
-        return "max" if self.best.endswith("accuracy") else "min"
+        return "max" if self.best.endswith(("accuracy", "f1")) else "min"
+
+
+@dataclass
+class GuardConfig:
+    """Which updates are left out because they would do harm, and what follows where many are.
+
+    An update whose loss or gradient is NaN or infinite is always left out.
+
+    Args:
+        spike: How far a loss may lie above the median of the last ones, in median absolute deviations (of which each
+            counts as at least a hundredth of the median), before its update is left out; 0 takes all finite losses.
+            For long pretraining, e.g. 20; not for fine-tuning, whose few high losses near the end teach the most.
+        window: How many of the last losses the median is of; none is a spike before there are as many.
+        patience: Updates left out in a row after which the weights go back to those of a checkpoint before.
+        rollbacks: How often the weights may go back before the run gives up.
+    """
+
+    spike: float = 0.0
+    window: int = 64
+    patience: int = 20
+    rollbacks: int = 3
 
 
 @dataclass
@@ -338,6 +378,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     from_model: str | None = None
     trainable: list[str] = field(default_factory=lambda: ["*"])
@@ -357,8 +398,8 @@ class Recipe:
         return list(dict.fromkeys([*self.model.cell_conditions, *(name for name in asked if name)]))
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Write the resolved recipe as YAML, `***` for the secrets in its URLs."""
+        path.write_text(yaml.safe_dump(without_secrets(self.to_dict()), sort_keys=False), encoding="utf-8")
 
 
 # What keys default to where `model.name` is not scgpt: as the model was published
@@ -393,101 +434,3 @@ def defaults_of(model_name: str) -> Recipe:
     """Return a recipe in which every key has its default for a model."""
     published = PUBLISHED.get(model_name, {})
     return Recipe(data=DataConfig(**published.get("data", {})), model=ModelConfig(**published.get("model", {})))
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse values that cannot work, naming the key. Raises ScfmError."""
-    data, model = recipe.data, recipe.model
-    rules = [
-        (
-            model.width % model.heads == 0 or model.name == "scbert",
-            f"model.heads: {model.heads} does not divide model.width {model.width}",
-        ),
-        (0 <= model.attention_dropout < 1, f"model.attention_dropout: {model.attention_dropout} must lie in [0, 1)"),
-        (data.n_bins >= 3, f"data.n_bins: {data.n_bins} is too few; at least 3 (zero, and two bins of values)"),
-        (bool(data.mask_ratios), "data.mask_ratios: is empty; [0] hides nothing"),
-        (all(0 <= r < 1 for r in data.mask_ratios), f"data.mask_ratios: {data.mask_ratios} must lie in [0, 1)"),
-        (0 <= data.mask_kept < 1, f"data.mask_kept: {data.mask_kept} must lie in [0, 1)"),
-        (
-            data.mask_kept == 0 or model.attention == "full",
-            f"data.mask_kept: {data.mask_kept} shows values of unknown genes, which generative attention never reads; "
-            "set model.attention to full",
-        ),
-        (data.max_genes >= 1, f"data.max_genes: {data.max_genes} must be at least 1"),
-        (
-            data.tokens_per_pack > data.max_genes,
-            f"data.tokens_per_pack: {data.tokens_per_pack} cannot hold one cell of {data.max_genes} genes and <cls>",
-        ),
-        (data.cells_per_batch >= 1, f"data.cells_per_batch: {data.cells_per_batch} must be at least 1"),
-        (0 <= data.valid_fraction < 1, f"data.valid_fraction: {data.valid_fraction} must lie in [0, 1)"),
-        (data.sample_power >= 0, f"data.sample_power: {data.sample_power:g} must be at least 0"),
-        (data.sample_repeats >= 1, f"data.sample_repeats: {data.sample_repeats:g} must be at least 1"),
-        (
-            data.sample_by is not None or not data.sample_weights,
-            "data.sample_weights: name groups, but data.sample_by does not say of which obs column",
-        ),
-        (
-            all(weight > 0 for weight in data.sample_weights.values()),
-            f"data.sample_weights: {data.sample_weights} must be above 0; `scfm prepare --where` leaves cells out",
-        ),
-        (recipe.checkpoint.patience >= 0, f"checkpoint.patience: {recipe.checkpoint.patience} must be at least 0"),
-        (recipe.optimizer.lr > 0, f"optimizer.lr: {recipe.optimizer.lr} must be positive"),
-        (0 <= recipe.optimizer.momentum < 1, f"optimizer.momentum: {recipe.optimizer.momentum} must lie in [0, 1)"),
-        (bool(recipe.objectives), "objectives: is empty; name at least one, e.g. [{name: gep}, {name: gepc}]"),
-    ]
-    wrong = [message for holds, message in rules if not holds]
-    names = [objective.name for objective in recipe.objectives]
-    wrong += [f"objectives: {name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
-    most = [ratio * data.max_genes for ratio in data.mask_ratios]
-    hides = any(math.ceil(n) if data.mask_candidates == "expressed" else int(n) for n in most)
-    for name in ("gep", "gepc", "cell_prompt", "masked_bin"):
-        if name in names and not hides:
-            wrong.append(
-                f"objectives: {name} predicts unknown genes, but data.mask_ratios {data.mask_ratios} hides none"
-            )
-    for objective in recipe.objectives:
-        if objective.nonzero and objective.loss == "cross_entropy":
-            wrong.append(
-                f"objectives: {objective.name} has nonzero and loss cross_entropy; bin 0 of the latter says it already"
-            )
-    for objective in recipe.objectives:
-        if data.values == "raw" and objective.loss == "cross_entropy":
-            wrong.append(f"objectives: {objective.name} has loss cross_entropy over bins, but data.values is raw")
-    if "masked_bin" in names and data.mask_candidates != "expressed":
-        wrong.append("objectives: masked_bin predicts bins of expressed genes; set data.mask_candidates: expressed")
-    if model.name == "scbert":
-        if data.values == "raw":
-            wrong.append("data.values: scBERT embeds bins; choose log2 or binned instead of raw")
-        if data.mask_value != data.n_bins:
-            wrong.append(f"data.mask_value: {data.mask_value:g}; scBERT's hidden genes hold data.n_bins, {data.n_bins}")
-        if recipe.trainer.compile and model.mixer == "favor" and model.performer.kernel in ("gelu", "none"):
-            wrong.append(f"trainer.compile: the kernel {model.performer.kernel} of model.performer does not compile")
-        if data.cls_value not in range(data.n_bins):
-            wrong.append(f"data.cls_value: {data.cls_value:g}; scBERT embeds bins, 0 to {data.n_bins - 1}")
-    if data.values == "raw" and model.value_encoder == "category":
-        wrong.append("model.value_encoder: category embeds bins, but data.values is raw; use continuous or scaling")
-    if model.value_encoder == "scaling" and model.attention == "full" and hides:
-        wrong.append("model.value_encoder: scaling has no way to mark a hidden value; use continuous or category")
-    if recipe.optimizer.schedule == "cosine_restarts":
-        wrong += wrong_cycles(recipe.optimizer)
-    wrong += wrong_task(recipe.task, recipe.trainable, data.valid_fraction) if recipe.task else []
-    if wrong:
-        raise ScfmError("the recipe cannot work:\n  " + "\n  ".join(wrong))
-
-
-def wrong_cycles(optimizer: OptimizerConfig) -> list[str]:
-    """Return what keeps the cycles of cosine_restarts from working, by key."""
-    warmup, length = optimizer.warmup, optimizer.cycle_epochs
-    rules = [
-        (
-            warmup >= 0 and warmup == int(warmup) and warmup < length,
-            f"optimizer.warmup: {warmup:g} must be whole epochs, fewer than the {length} of optimizer.cycle_epochs",
-        ),
-        (optimizer.cycle_growth >= 1, f"optimizer.cycle_growth: {optimizer.cycle_growth:g} must be at least 1"),
-        (0 < optimizer.cycle_decay <= 1, f"optimizer.cycle_decay: {optimizer.cycle_decay:g} must lie in (0, 1]"),
-        (
-            0 <= optimizer.min_lr <= optimizer.lr,
-            f"optimizer.min_lr: {optimizer.min_lr:g} must lie in [0, optimizer.lr]",
-        ),
-    ]
-    return [message for holds, message in rules if not holds]

@@ -17,6 +17,7 @@ from scfm.recipe import (
     PUBLISHED,
     CheckpointConfig,
     DataConfig,
+    GuardConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
+    "guard": GuardConfig,
     "wandb": WandbConfig,
 }
 

@@ -105,8 +105,9 @@ class Packs:
 
 
 def packs_of(recipe: Recipe, cells: Cells, processes: int) -> Packs:
-    """Deal a global batch of sampled cells, as the loader does."""
+    """Deal a global batch of sampled cells, as the loader does; `tokens_per_pack` is a number here."""
     data = recipe.data
+    assert data.tokens_per_pack != "auto"
     drawn = np.random.default_rng(recipe.seed).choice(cells.lengths, data.cells_per_batch)
     seats = deal(drawn, processes, data.tokens_per_pack)
     sizes = [int(drawn[pack].sum()) for rank in seats for pack in rank]

@@ -12,7 +12,8 @@ import yaml
 
 from scfm.cli import VERBS, function
 from scfm.errors import ScfmError
-from scfm.recipe import ObjectiveConfig, Recipe, TrainerConfig, check
+from scfm.recipe import ObjectiveConfig, Recipe, TrainerConfig
+from scfm.recipe_check import check
 from scfm.recipe_reader import BUNDLED, bundled, merged, parse_recipe, read_recipe
 
 WRITTEN = sorted(BUNDLED.rglob("*.yaml"))

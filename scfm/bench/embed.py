@@ -69,6 +69,8 @@ def bench_embed(
     at_least_one(cells=cells, genes=genes, vocabulary=vocabulary, repeats=repeats)
     model, store = model_of(recipe, cells, genes, vocabulary)
     config, tokens_per_pack = model.files.model, recipe.data.tokens_per_pack
+    if tokens_per_pack == "auto":
+        raise ScfmError("data.tokens_per_pack: auto is found by training steps; give a number to embed with")
     precisions: list[Precision] = ["fp32"] if precision == "fp32" else ["fp32", "bf16"]
     speeds: dict[str, list[float]] = {name: [] for name in precisions}
     found: dict[str, NDArray[np.float32]] = {}

@@ -18,7 +18,8 @@ from scfm.bench.cells import synthetic_store
 from scfm.bench.report import at_least_one, device_name, of_rates, of_times, publish, significant
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
-from scfm.recipe import Recipe, check
+from scfm.recipe import Recipe
+from scfm.recipe_check import check
 from scfm.training.launch import build_trainer
 from scfm.training.module import FoundationModule
 from scfm.training.run import Job, mixing_of, modules_of, pretraining_job

@@ -1,4 +1,4 @@
-"""`scfm convert`: checkpoints from scGPT and scBERT to scfm and back."""
+"""`scfm convert`: checkpoints from scGPT and scBERT to scfm and back, and encoders to ONNX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def convert(
     source: str,
     *,
-    to: Literal["native", "scgpt", "scbert"],
+    to: Literal["native", "scgpt", "scbert", "onnx"],
     out: str,
     vocabulary: str | None = None,
     args: str | None = None,
@@ -34,8 +34,9 @@ def convert(
 
     Args:
         source: Folder of an scGPT checkpoint, its .pt file, the .pth file of scBERT, or a native model directory.
-        to: What to write: a native model directory; args.json, vocab.json and best_model.pt as scGPT loads them; or
-            scbert.pth and genes.txt, which names its rows.
+        to: What to write: a native model directory; args.json, vocab.json and best_model.pt as scGPT loads them;
+            scbert.pth and genes.txt, which names its rows; or model.onnx, the encoder (genes and values to cell
+            embeddings) for runtimes without torch, checked beside the model.
         out: Directory to write; must not hold anything.
         vocabulary: scGPT's vocab.json, or a text file with a token per line, if it is not beside the weights. For
             scBERT, whose files hold no names, a text file with a gene per line or a vocab.json: the order of genes that
@@ -58,7 +59,7 @@ def convert(
     of_scgpt = {"--args": args, "--preset": preset != "zero_shot", "--allow": allow, "--batches": batches}
     order = None
     if is_native(place):
-        given = {**of_scgpt, "--labels": labels, "--genes": genes, "--drop": drop and to == "native"}
+        given = {**of_scgpt, "--labels": labels, "--genes": genes, "--drop": drop and to in ("native", "onnx")}
         refuse_idle({**given, "--vocabulary": vocabulary and to != "scbert"}, f"{place}, a native model directory")
         if to == "native" and add_genes is None:
             raise ScfmError(f"{place}: is a native model directory already; there is nothing to convert")
@@ -80,6 +81,11 @@ def convert(
         lines.append(f"added {n:,} genes, each with the mean gene embedding")
     if to == "native":
         write_model(target, weights, files)
+    elif to == "onnx":
+        from scfm.checkpoints.onnx import write_onnx
+
+        error = write_onnx(target, files, weights)
+        lines.append(f"encoder: cell embeddings equal the model's within {error:.1e} (onnxruntime beside torch)")
     else:
         lines += write_original(to, target, files, weights, drop, order).lines()
     print("\n".join([*lines, f"written: {target}"]))

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scfm.checkpoints.hub import model_folder
 from scfm.data.hashing import load_hashes, save_hashes
 from scfm.data.store import CellStore, ValueKind, only_genes
 from scfm.data.tokens import TokenConfig, Tokeniser
@@ -171,8 +172,11 @@ def from_plain(plain: dict[str, Any], vocabulary: Vocabulary, source: str) -> Mo
 
 
 def read_model(folder: Path | str) -> ModelFiles:
-    """Return what a model directory says of its model, without the weights. Raises ScfmError where it is not one."""
-    folder = Path(folder)
+    """Return what a model directory, or a model on the Hub, says of itself, without the weights.
+
+    Raises ScfmError where it is not one.
+    """
+    folder = model_folder(folder)
     if not (folder / "config.json").is_file():
         raise ScfmError(f"{folder}: is not a model directory (no config.json); give the `model` folder of a run")
     names = ("config", "conditions", "training_data")
@@ -192,7 +196,7 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(folder) / "model.safetensors"
+    path = model_folder(folder) / "model.safetensors"
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -231,7 +235,8 @@ def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source
 
 
 def load_model(folder: Path | str) -> tuple[nn.Module, ModelFiles]:
-    """Return the network, weights in place, and its files."""
+    """Return the network, weights in place, and its files; of a directory, or of a model on the Hub."""
+    folder = model_folder(folder)
     files = read_model(folder)
     network = files.build()
     load_weights(network, read_weights(folder), str(folder))
@@ -241,7 +246,7 @@ def load_model(folder: Path | str) -> tuple[nn.Module, ModelFiles]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no file, no text, or no JSON
         raise ScfmError(f"{path}: cannot be read ({error}); the model directory is incomplete or damaged") from error
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scfm.errors import ScfmError
-from scfm.recipe import Recipe, check
+from scfm.recipe import Recipe
+from scfm.recipe_check import check
 from scfm.recipe_reader import bundled, like, merged, read_recipe, read_yaml
 
 if TYPE_CHECKING:

@@ -58,6 +58,14 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
+class LayerNorm(nn.LayerNorm):
+    """A layer norm that also takes weights of less precision than its input: FSDP gathers blocks in bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = torch.promote_types(input.dtype, self.weight.dtype)
+        return F.layer_norm(input, self.normalized_shape, self.weight.to(kind), self.bias.to(kind), self.eps)
+
+
 class Dropout(nn.Module):
     """Dropout, optionally added to a residual: residual + dropout(x).
 

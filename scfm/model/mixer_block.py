@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfm.model.layers import Dropout, Linear
+from scfm.model.layers import Dropout, LayerNorm, Linear
 from scfm.model.performer import Segments, build_mixer
 from scfm.recipe import ModelConfig
 
@@ -41,7 +41,7 @@ def branch_norm(kind: str, width: int) -> nn.Module:
     """Build what `model.performer.norm` names for one branch."""
     if kind == "rezero":
         return ReZero()
-    return ScaleNorm(width) if kind == "scale" else nn.LayerNorm(width)
+    return ScaleNorm(width) if kind == "scale" else LayerNorm(width)
 
 
 class MixerBlock(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scfm.model.attention import Attention
-from scfm.model.layers import Dropout, Linear
+from scfm.model.layers import Dropout, LayerNorm, Linear
 from scfm.recipe import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -34,10 +34,10 @@ class Block(nn.Module):
         self.bypass = config.attention == "generative" and not config.unknown_output_projection
         self.qkv = Linear(width, 3 * width)
         self.out_proj = Linear(width, width)
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.linear1 = Linear(width, config.hidden)
         self.linear2 = Linear(config.hidden, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, attention: Attention, unknown: Tensor) -> Tensor:

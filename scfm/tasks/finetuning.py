@@ -20,7 +20,8 @@ from scfm.data.sources import store_from_anndata
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
 from scfm.model.heads import HeadSpec
-from scfm.recipe import Recipe, TaskConfig, check
+from scfm.recipe import Recipe, TaskConfig
+from scfm.recipe_check import check
 from scfm.recipe_reader import bundled, like, read_recipe
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scfm.data.batch import PackedBatch
+from scfm.metrics_file import METRICS_HEADER, read_metrics
 from scfm.training.checkpointing import Patience
 from scfm.training.module import FoundationModule, Metrics, add
+from scfm.training.run_log import Lines, RunLog
+from scfm.training.stragglers import Stragglers
 from scfm.training.throughput import Throughput
-
-METRICS_HEADER = ["step", "metric", "value"]
 
 
 class MetricsCsv(Logger):
@@ -31,6 +33,7 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
         self.resume_step = resume_step
+        self.lines = Lines(path)
         self.started = False
 
     @property
@@ -48,9 +51,9 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if not self.started:
             self.start()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            rows = ([step, name, repr(float(value))] for name, value in metrics.items() if name != "epoch")
-            csv.writer(file).writerows(rows)
+        rows = io.StringIO(newline="")
+        csv.writer(rows).writerows([step, name, repr(float(v))] for name, v in metrics.items() if name != "epoch")
+        self.lines.add(rows.getvalue())
 
     def start(self) -> None:
         """Write the header, and what a resumed run keeps."""
@@ -64,26 +67,21 @@ class MetricsCsv(Logger):
         self.started = True
 
 
-def read_metrics(path: Path) -> list[tuple[int, str, float]]:
-    """Return the rows of a metrics.csv as (step, metric, value); a row cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
-    return [(int(row[0]), row[1], float(row[2])) for row in rows if len(row) == 3 and row[2]]
-
-
 class Progress(L.Callback):
     """Prints and logs one line every few steps: step, loss parts, rate, throughput, time left.
 
     Args:
-        log: text file that receives the same lines.
+        log: prints the lines and writes them to a file.
         every: optimizer steps between two lines.
-        throughput: counts the steps; stands before this one among the callbacks.
+
+    Attributes:
+        watchers: this one after those that measure what it tells; to stand after what saves before a step.
     """
 
-    def __init__(self, log: Path, every: int, throughput: Throughput) -> None:
-        self.log_file, self.every, self.throughput = log, every, throughput
+    def __init__(self, log: RunLog, every: int) -> None:
+        self.run_log, self.every = log, every
+        self.throughput, self.stragglers = Throughput(), Stragglers()
+        self.watchers: list[L.Callback] = [self.throughput, self.stragglers, self]
         self.reset()
 
     def reset(self) -> None:
@@ -108,7 +106,16 @@ class Progress(L.Callback):
         """Average since the last line, over ranks and steps; the only place that waits for the device."""
         metrics = {name: float(value) / self.steps for name, value in module.sum_over_ranks(self.sums).items()}
         rate = trainer.optimizers[0].param_groups[0]["lr"]
+        waited = self.throughput.data_wait(trainer) - self.throughput.waited
         speed = self.throughput.figures(trainer, module)
+        slowest = self.stragglers.slowest(trainer, waited)
+        if slowest:
+            speed |= {
+                "step_seconds_slowest": slowest.seconds,
+                "slowest_rank": slowest.rank,
+                "slowest_ratio": slowest.ratio,
+                "data_wait_slowest": slowest.waiting,
+            }
         logged = {f"train/{k}": v for k, v in metrics.items()} | {"train/learning_rate": rate}
         for logger in trainer.loggers:
             # a name of their own for speeds: all else is equal in two runs of one recipe
@@ -121,12 +128,14 @@ class Progress(L.Callback):
             f"step {trainer.global_step}/{self.total}  {parts}  lr {rate:.2g}  "
             f"{speed['cells_per_second']:,.0f} cells/s  {speed['tokens_per_second']:,.0f} tokens/s  "
             f"{speed['tflops']:.3g} TFLOP/s{share}  wait {speed['data_wait']:.1%}  empty {speed['empty']:.1%}  "
-            f"eta {clock(pace * (self.total - trainer.global_step))}",
+            f"{apart(speed)}eta {clock(pace * (self.total - trainer.global_step))}",
         )
+        if slowest and (warning := self.stragglers.warning(slowest)):
+            self.say(trainer, f"step {trainer.global_step}  {warning}")
         self.reset()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("valid/")}
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("valid/", "probe/"))}
         if found and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=trainer.global_step)
@@ -139,9 +148,13 @@ class Progress(L.Callback):
 
     def say(self, trainer: L.Trainer, line: str) -> None:
         if trainer.is_global_zero:
-            print(line, flush=True)
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            self.run_log.say_anyhow(line)
+
+
+def apart(speed: dict[str, float]) -> str:
+    """Return what took time beside the steps, in words for the line."""
+    names = {"validation_seconds": "validation", "checkpoint_seconds": "saving"}
+    return "".join(f"{said} {speed[name]:.3g} s  " for name, said in names.items() if name in speed)
 
 
 def clock(seconds: float) -> str:

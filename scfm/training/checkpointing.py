@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +12,90 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from scfm.data.batch import PackedBatch
-from scfm.errors import ScfmError
+from scfm.errors import RunStopped, ScfmError
 from scfm.recipe import CheckpointConfig
+from scfm.training.guard import Guard
+from scfm.training.saving import BackgroundCheckpoints, checkpoints
+from scfm.training.stopping import Word
+from scfm.training.together import Together
+
+Say = Callable[[str], None]
 
 
 class NewestCheckpoints(L.Callback):
-    """Saves the whole state of a run every few steps, and keeps the last of them.
+    """Saves the whole state of a run every so many steps and minutes, and when the run is asked to stop.
 
     It saves just before the next step begins, after any validation between the two, so that a resumed run repeats or
-    skips neither. Lightning writes under a temporary name and renames.
+    skips neither. Rank 0's clock counts the minutes for all processes.
 
     Args:
-        folder: where `step=<n>.ckpt` files go.
-        every: optimizer steps between two of them.
-        keep: how many are kept.
+        files: writes `step=<n>.ckpt` files.
+        config: the recipe's checkpoint section.
+        together: the other processes, with whom the step is agreed on.
+        guard: asked whether the weights are worth keeping.
+        say: prints a line and logs it, in the process that logs.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(
+        self, files: BackgroundCheckpoints, config: CheckpointConfig, together: Together, guard: Guard, say: Say
+    ) -> None:
+        self.files, self.config, self.together, self.guard, self.say = files, config, together, guard, say
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_at, self.looked_at = trainer.global_step, time.monotonic()  # what was resumed from is saved
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: list[PackedBatch], batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == 0 or step % self.every:
+        self.report(trainer)
+        step, minutes = trainer.global_step, self.config.every_minutes
+        is_time = trainer.is_global_zero and 0 < minutes * 60 <= time.monotonic() - self.looked_at
+        asked = self.together.signals.asked is not None
+        agreed = self.together.agreement.reach(Word(stop=asked, save=is_time))
+        if agreed.stop:
+            self.stop(trainer)
+        elif agreed.save or step % self.config.every_steps == 0:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer, however: bool = False) -> None:
+        """Save a state unless it is saved already, or the last updates were left out (but then `however` saves it)."""
+        self.looked_at = time.monotonic()
+        if trainer.global_step == self.saved_at:
             return
-        trainer.save_checkpoint(self.folder / f"step={step:09d}.ckpt")
-        if trainer.is_global_zero:
-            for old in checkpoints(self.folder)[: -self.keep]:
-                old.unlink()
+        self.guard.look(trainer)
+        if self.guard.in_a_row and not however:
+            self.say(
+                f"step {trainer.global_step}: no checkpoint, for the last {self.guard.in_a_row} updates were left out; "
+                "the one before them stays"
+            )
+            return
+        trainer.save_checkpoint(self.files.folder / f"step={trainer.global_step:09d}.ckpt")
+        self.saved_at = trainer.global_step
+
+    def stop(self, trainer: L.Trainer) -> None:
+        """Save, wait until the files are written, and leave the run. Raises RunStopped, in all processes."""
+        self.save(trainer, however=True)
+        self.files.wait()
+        self.report(trainer)
+        asked = f"asked to stop ({self.together.signals.asked or 'by another process'})"
+        kept = checkpoints(self.files.folder)
+        where = f"saved as {kept[-1]}" if kept else "nothing to save yet"
+        message = f"step {trainer.global_step}: {asked}, {where}; continue with --resume auto"
+        self.say(message)
+        self.together.part(trainer)
+        raise RunStopped(message, self.together.exit_code(trainer))
+
+    def report(self, trainer: L.Trainer) -> None:
+        """Say what the writing thread has found."""
+        for line in self.files.news:
+            self.say(line)
+            for logger in trainer.loggers:
+                logger.log_metrics({"checkpoint/not_saved": float(self.files.not_saved)}, step=trainer.global_step)
+        self.files.news.clear()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.files.finish()
+        self.report(trainer)
 
 
 class FinalValidation(L.Callback):
@@ -79,7 +136,7 @@ class BestWeights(ModelCheckpoint):
         )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        known = sorted(name for name in trainer.callback_metrics if name.startswith("valid/"))
+        known = sorted(name for name in trainer.callback_metrics if name.startswith(("valid/", "probe/")))
         if self.monitor not in known:
             raise ScfmError(f"checkpoint.best: {self.monitor!r} is not measured; choose one of {', '.join(known)}")
         super().on_validation_end(trainer, pl_module)
@@ -112,13 +169,3 @@ class Patience(EarlyStopping):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the resumable checkpoints of a run, earliest step first."""
-    return sorted(folder.glob("step=*.ckpt"), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the optimizer steps taken at a checkpoint."""
-    return int(checkpoint.stem.removeprefix("step="))

@@ -7,6 +7,7 @@ Lightning loses the state of a loader in two ways (look-ahead batches, and loade
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import lightning as L
@@ -52,6 +53,11 @@ class CellDataModule(L.LightningDataModule):
         self.train_rows, self.valid_rows = train_rows, valid_rows
         self.cell_conditions, self.seed = cell_conditions, seed
         self.loader: EpochLoader | None = None
+        # `auto` is measured when the devices are there; what reads batches before has one pack of each
+        whole = config.cells_per_batch * tokeniser.longest
+        self.tokens_per_pack = whole if config.tokens_per_pack == "auto" else config.tokens_per_pack
+        self.pack_place = ""  # the device whose memory `auto` was measured on
+        self.pack_loaders: list[PackLoader] = []
         self.access = choose(store, config.read)
         self.sampling: Sampling | None = None
         if config.sample_by:
@@ -69,11 +75,11 @@ class CellDataModule(L.LightningDataModule):
         order: Order = CellOrder(rows, size, self.seed, shuffle=shuffle, region=self.access.region)
         if self.sampling and shuffle:
             order = SampledOrder(self.sampling.groups, self.sampling.shares, size, self.seed)
-        return PackLoader(
+        packs = PackLoader(
             self.store,
             order,
             self.tokeniser,
-            tokens_per_pack=self.config.tokens_per_pack,
+            tokens_per_pack=self.tokens_per_pack,
             fill_packs=self.config.fill_packs,
             cell_conditions=self.cell_conditions,
             rank=rank,
@@ -83,6 +89,29 @@ class CellDataModule(L.LightningDataModule):
             prefetch=self.config.prefetch,
             pin_memory=torch.cuda.is_available(),
         )
+        self.pack_loaders.append(packs)
+        return packs
+
+    def trial_pack(self, n_cells: int) -> PackedBatch:
+        """Return one pack of so many training cells, to measure a step by."""
+        order = CellOrder(self.train_rows, n_cells, self.seed, region=self.access.region)
+        packs = PackLoader(
+            self.store,
+            order,
+            self.tokeniser,
+            tokens_per_pack=n_cells * self.tokeniser.longest,
+            cell_conditions=self.cell_conditions,
+            reader=self.access.reader,
+            prefetch=1,
+        )
+        with closing(packs.batches(epoch=0)) as batches:
+            return next(batches)[0]
+
+    def use_packs(self, tokens: int, place: str) -> None:
+        """Deal the cells into packs of at most so many tokens from here on, as measured on a device."""
+        self.tokens_per_pack, self.pack_place = tokens, place
+        for packs in self.pack_loaders:
+            packs.tokens_per_pack = tokens
 
     def train_dataloader(self) -> EpochLoader:
         trainer = self.trainer
@@ -109,7 +138,8 @@ class CellDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, int | str]:
         trainer = self.trainer
         assert trainer is not None
-        return self.identity() | {"batches": trainer.global_step}
+        packs: dict[str, int | str] = {"tokens_per_pack": self.tokens_per_pack, "pack_place": self.pack_place}
+        return self.identity() | packs | {"batches": trainer.global_step}
 
     def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
         for name, now in self.identity().items():
@@ -120,6 +150,8 @@ class CellDataModule(L.LightningDataModule):
                     f"the checkpoint was trained with {name} {was}, this run has {is_}; "
                     "resume with the same seed, cells, sampling and global batch"
                 )
+        if self.config.tokens_per_pack == "auto" and state_dict.get("pack_place"):
+            self.use_packs(int(state_dict["tokens_per_pack"]), str(state_dict["pack_place"]))
 
     def identity(self) -> dict[str, int | str]:
         """Return what the order of the cells depends on."""

@@ -28,8 +28,10 @@ from scfm.model.output import ModelOutput
 from scfm.model.scgpt import Backbone
 from scfm.objectives import Objective
 from scfm.recipe import OptimizerConfig
+from scfm.training.guard import Guard
 from scfm.training.norms import GlobalNorm
 from scfm.training.optimizers import build_optimizer, build_schedule
+from scfm.training.sharding import ShardedStrategy
 
 Metrics = dict[str, Tensor]
 
@@ -42,10 +44,16 @@ class FoundationModule(L.LightningModule):
         objectives: the terms of the loss.
         optimizer: the recipe's optimizer section.
         seed: key of the dropout draws.
+        guard: leaves out updates that would do harm; None takes them all.
     """
 
     def __init__(
-        self, network: nn.Module, objectives: Sequence[Objective], optimizer: OptimizerConfig, seed: int = 0
+        self,
+        network: nn.Module,
+        objectives: Sequence[Objective],
+        optimizer: OptimizerConfig,
+        seed: int = 0,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -53,9 +61,21 @@ class FoundationModule(L.LightningModule):
         self.objectives = list(objectives)
         self.optimizer_config = optimizer
         self.seed = seed
+        self.guard = guard
+        self.missed: dict[tuple[str, ...], list[Tensor]] = {}
         self.step_metrics: Metrics = {}
         self.valid_sums: Metrics = {}
         self.valid_cells = 0
+
+    def configure_model(self) -> None:
+        """Cut the network over the processes where the strategy says so."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.cut(self.network)
+
+    def on_fit_end(self) -> None:
+        """Put a network that was cut together again: what reads it after training knows nothing of processes."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.network = self.trainer.strategy.joined(self.network)
 
     def configure_optimizers(self) -> Any:
         scaled = self.trainer.precision == "16-mixed"
@@ -72,6 +92,7 @@ class FoundationModule(L.LightningModule):
         assert isinstance(schedule, LRScheduler)
         optimizer.zero_grad(set_to_none=True)
         active = [objective for objective in self.objectives if self.global_step >= objective.start_step]
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
         norms = self.measure_norms(packs, active)
         metrics, pulls = self.global_losses(packs, active, norms)
         for index, pack in enumerate(packs):
@@ -85,14 +106,33 @@ class FoundationModule(L.LightningModule):
                     loss = loss + (output.cell * pull[index]).sum()
                 # DDP averages gradients over the ranks; the losses are shares of a global mean and must be summed
                 loss = loss * self.trainer.world_size
-                if last and len(active) < len(self.objectives):
-                    loss = loss + self.nothing_of_everything()
+                if last and not sharded:
+                    loss = loss + nothing_of(self.unreached(loss, active))
                 self.manual_backward(loss)
             add(metrics, pack_metrics)
         self.pull_norms(norms)
+        self.step_metrics = metrics
+        if sharded:  # what no objective reached learns nothing, as where a backward reaches everything
+            for parameter in self.trained():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         schedule.step()
-        self.step_metrics = metrics
+
+    def try_step(self, pack: PackedBatch) -> None:
+        """Take the passes of a step of two such packs, all objectives active; gradients stay, and no update follows."""
+        views = max((objective.views for objective in self.objectives if objective.scope == "global"), default=1)
+        self.train()
+        with self.trainer.precision_plugin.train_step_context():
+            for last in (False, True):
+                with self.synchronising(last):
+                    output = self.look(pack, 0, [])
+                    loss, _ = self.pack_losses(pack, output, self.objectives)
+                    for view in range(views):
+                        if view > 0:
+                            output = self.look(pack, 0, [], view)
+                        loss = loss + output.cell.sum()
+                    loss.backward()
 
     def look(self, pack: PackedBatch, index: int, norms: Sequence[GlobalNorm], view: int = 0) -> ModelOutput:
         """Pass a pack through the network with the dropout and the norms of a view."""
@@ -121,14 +161,32 @@ class FoundationModule(L.LightningModule):
                 last = view == len(norms) - 1 and index == len(norm.packs) - 1
                 with self.synchronising(last):
                     loss = norm.pull(index) / scale
-                    self.manual_backward(loss + self.nothing_of_everything() if last else loss)
+                    self.manual_backward(loss + nothing_of(self.trained()) if last else loss)
         if norms:
             norms[0].learn()
             norms[0].norm.given = None
 
-    def nothing_of_everything(self) -> Tensor:
-        """Return a zero that depends on every parameter: the backward that synchronises has to reach them all."""
-        return torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum() * 0.0
+    def trained(self) -> list[Tensor]:
+        """Return the parameters that learn."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    def unreached(self, loss: Tensor, active: Sequence[Objective]) -> list[Tensor]:
+        """Return the parameters that learn but that a loss does not depend on, where these objectives are active.
+
+        DDP waits for the gradient of every parameter. Which ones a backward misses hangs on the objectives alone: the
+        graph is walked when these change, rather than at every step (`find_unused_parameters`).
+        """
+        names = tuple(objective.name for objective in active)
+        if names not in self.missed:
+            reached, seen, ahead = set(), set(), [loss.grad_fn]
+            while ahead:
+                node = ahead.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    reached.add(id(getattr(node, "variable", None)))
+                    ahead += [function for function, _ in node.next_functions]
+            self.missed[names] = [parameter for parameter in self.trained() if id(parameter) not in reached]
+        return self.missed[names]
 
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
         """Let only the last pack's backward synchronise gradients over the ranks."""
@@ -206,14 +264,27 @@ class FoundationModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here and nowhere else: gradients are summed over packs and ranks, and unscaled, at this point."""
-        if self.optimizer_config.clip > 0:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip)
+        clip = self.optimizer_config.clip
+        if clip == 0 and self.guard is None:
+            return
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
+        if self.guard is not None:
+            active = [o.name for o in self.objectives if self.global_step >= o.start_step]
+            bad = self.guard.judge(self.global_step, self.step_metrics["loss"], norm, active)
+            self.guard.apply(optimizer, bad, getattr(self.trainer.precision_plugin, "scaler", None) is not None)
 
     def seed_dropout(self, pack: int, view: int = 0) -> None:
-        """Key dropout by (seed, step, rank, pack, view), so that a resumed run draws what an unbroken one would."""
+        """Key dropout by (seed, step, pack, view), so that a resumed run draws what an unbroken one would.
+
+        Packs count over all ranks, in the order in which one device would take them: where devices change nothing but
+        who takes which pack, they change no draw.
+        """
         if self.training:
-            key = f"{self.seed}/{self.global_step}/{self.global_rank}/{pack}" + (f"/{view}" if view else "")
+            place = pack * self.trainer.world_size + self.global_rank
+            key = f"{self.seed}/{self.global_step}/{place}/{view}"
             torch.manual_seed(int.from_bytes(blake2b(key.encode(), digest_size=7).digest(), "little"))
 
     def sum_over_ranks(self, metrics: Metrics) -> Metrics:
@@ -236,6 +307,11 @@ class FoundationModule(L.LightningModule):
         before, name = checkpoint.get("scfm_optimizer", "adamw"), self.optimizer_config.name
         if before != name:
             raise ScfmError(f"optimizer.name: the checkpoint was trained with {before}, the recipe names {name}")
+
+
+def nothing_of(parameters: Sequence[Tensor]) -> Tensor | float:
+    """Return a zero that depends on parameters: a backward that synchronises has to reach them."""
+    return torch.stack([parameter.sum() for parameter in parameters]).sum() * 0.0 if parameters else 0.0
 
 
 def add(sums: Metrics, more: Metrics) -> None:

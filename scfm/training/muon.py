@@ -17,7 +17,25 @@ class StackedMuon(torch.optim.Muon):
     orthogonal matrix of the three, in which the size of one's update hangs on the others. Its own step is used as it
     is; only what it gathers to work on (`_init_group`) is cut into views, so that the state stays one momentum buffer
     to a parameter.
+
+    As fused AdamW does, it takes `found_inf`, a number on the device: where that is 1, a step changes nothing.
     """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if self.found_inf is None:
+            return super().step(closure)
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in moved:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        tensors = [tensor for p in moved for tensor in (p.data, self.state[p]["momentum_buffer"])]
+        before = [tensor.clone() for tensor in tensors]
+        result = super().step(closure)
+        for tensor, former in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(self.found_inf > 0, former, tensor))
+        return result
 
     def _init_group(self, group: MutableMapping[str, Any], *gathered: list[Tensor]) -> bool:
         whole: list[list[Tensor]] = [[] for _ in gathered]  # parameters, gradients, momentum buffers

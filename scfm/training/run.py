@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
 from scfm.baselines.majority_bin import majority_bin_accuracies
 from scfm.baselines.mean_value import baselines_of, mean_value_losses
+from scfm.bench.report import device_name
 from scfm.ceiling import product_type
-from scfm.checkpoints.card import model_card
+from scfm.checkpoints.card import RunFacts, model_card
 from scfm.checkpoints.native import ModelFiles, save_model
 from scfm.data.hashing import hashes_without, load_hashes, row_hashes
 from scfm.data.rows import SomeRows, rows_at, without
@@ -26,18 +26,25 @@ from scfm.data.tokens import TokenConfig
 from scfm.data.vocabulary import Vocabulary
 from scfm.errors import ScfmError
 from scfm.evaluation.training_plots import loss_curves
+from scfm.metrics_file import read_metrics
 from scfm.model.attention import pick_backend
 from scfm.model.lora import UPDATES, add_lora, merge_lora
 from scfm.objectives import Objective, build_objectives
-from scfm.recipe import ModelConfig, Recipe, check
-from scfm.training.callbacks import MetricsCsv, Progress, read_metrics
+from scfm.recipe import ModelConfig, Recipe
+from scfm.recipe_check import check
+from scfm.training.callbacks import MetricsCsv, Progress
 from scfm.training.checkpointing import BestWeights, FinalValidation, NewestCheckpoints, Patience
 from scfm.training.datamodule import CellDataModule
 from scfm.training.features import redraw_callbacks
+from scfm.training.guard import Guard
 from scfm.training.launch import build_trainer, own_port, set_up_blocks
 from scfm.training.module import FoundationModule
-from scfm.training.rundir import RunDirectory, is_main_process, open_run
-from scfm.training.throughput import Throughput
+from scfm.training.probe import Probe
+from scfm.training.run_log import RunLog
+from scfm.training.rundir import RunDirectory, open_run
+from scfm.training.saving import BackgroundCheckpoints, is_full
+from scfm.training.together import Together
+from scfm.training.wandb_run import wandb_loggers
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Job:
         valid_rows: rows held out.
         cell_conditions: name -> (N,) index of every row of the store.
         notes: what the log says before the first step.
+        hardware: what it runs on, for the card.
     """
 
     recipe: Recipe
@@ -65,6 +73,7 @@ class Job:
     valid_rows: SomeRows
     cell_conditions: dict[str, Codes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    hardware: str = ""
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
@@ -162,46 +171,61 @@ def fill_gene_vectors(network: nn.Module, recipe: Recipe, vocabulary: Vocabulary
 
 
 def fit(job: Job, run: RunDirectory) -> Path:
-    """Train a job to the end of its recipe and export its best weights, plots and card; return the model directory."""
-    recipe = job.recipe
-    module, data = modules_of(job)
-    validates = len(job.valid_rows) > 0
-    newest = NewestCheckpoints(run.checkpoints, recipe.checkpoint.every_steps, recipe.checkpoint.keep)
-    best, stops_early = BestWeights(run.checkpoints, recipe.checkpoint), recipe.checkpoint.patience > 0
-    if stops_early and not validates:
-        raise ScfmError("checkpoint.patience: no cells are held out to judge by; raise data.valid_fraction")
-    throughput = Throughput()
-    progress = Progress(run.log, recipe.trainer.log_every_n_steps, throughput)
+    """Train a job to the end of its recipe and export its best weights, plots and card; return the model directory.
+
+    Raises:
+        ScfmError: the recipe cannot work, the run diverged, or there is no room for the model.
+        RunStopped: the run was asked to stop and is saved, or one of its processes was lost.
+    """
+    log = RunLog(run.log)
+    if run.is_finished:
+        log.say(f"{run.path}: this run is finished, nothing is left to do; model: {run.model}")
+        return run.model
+    recipe, validates = job.recipe, len(job.valid_rows) > 0
+    for key in ("patience", "probe"):
+        if getattr(recipe.checkpoint, key) and not validates:
+            raise ScfmError(f"checkpoint.{key}: no cells are held out to judge by; raise data.valid_fraction")
+    files = BackgroundCheckpoints(run.checkpoints, recipe.checkpoint.keep)
+    guard = Guard(recipe.guard, files, log.say, recipe.trainer.log_every_n_steps)
+    together = Together(log.say_anyhow, files.wait)
+    module, data = modules_of(job, guard)
+    best = BestWeights(run.checkpoints, recipe.checkpoint)
+    probes = [Probe(recipe.checkpoint.probe, job, together)] if recipe.checkpoint.probe else []
+    progress = Progress(log, recipe.trainer.log_every_n_steps)
+    newest = NewestCheckpoints(files, recipe.checkpoint, together, guard, log.say)
     redraws = redraw_callbacks(job.network, recipe.seed)
-    judges = [*([best] if validates else []), *([Patience(recipe.checkpoint)] if stops_early else [])]
-    callbacks = [FinalValidation(), throughput, progress, newest, *redraws, *judges]
+    judges = [*([best] if validates else []), *([Patience(recipe.checkpoint)] if recipe.checkpoint.patience else [])]
+    callbacks = [together, FinalValidation(), *probes, guard, newest, *progress.watchers, *redraws, *judges]
     metrics = MetricsCsv(run.metrics, run.resume_step)
     loggers = [metrics, *wandb_loggers(recipe, run)]
-    trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path)
+    trainer = build_trainer(recipe, callbacks=callbacks, logger=loggers, default_root_dir=run.path, plugins=[files])
+    job.hardware = f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"
     if trainer.is_global_zero:
         lost = [f"{len(lost.rows):,} cells are left out: {lost.why}" for lost in job.store.lost]
-        for line in (opening_line(job, trainer), *data.said, *lost, *job.notes):
-            progress.say(trainer, line)
-        if validates and run.resume_from is None and (found := measured_baselines(job, data)):
+        for line in (opening_line(job, trainer), *data.said, *lost, *job.notes, *(probe.said for probe in probes)):
+            log.say(line)
+        if validates and run.resume_from is None and (found := measured_baselines(job, data, probes)):
             metrics.log_metrics(found, step=0)
-            progress.say(trainer, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    with own_port():
+            log.say("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    with own_port(), together.running(trainer):
         trainer.fit(module, data, ckpt_path=run.resume_from, weights_only=True)
-    if trainer.is_global_zero:
-        export(job, run, best.best_model_path)
-        progress.say(trainer, f"model: {run.model}")
+        job.network = module.network
+        if trainer.is_global_zero:
+            export(job, run, best.best_model_path)
+            log.say(f"model: {run.model}")
     return run.model
 
 
-def measured_baselines(job: Job, data: CellDataModule) -> dict[str, float]:
-    """Return what trivial predictions of the hidden genes of the validation cells score, as names of metrics."""
+def measured_baselines(job: Job, data: CellDataModule, probes: Sequence[Probe] = ()) -> dict[str, float]:
+    """Return what is to be beaten, as names of metrics: trivial predictions of hidden genes, probes of log counts."""
     names, n_genes = {objective.name for objective in job.objectives}, len(job.store.vocabulary)
     found = mean_value_losses(data, n_genes) if "gep" in names else {}
-    return found | (majority_bin_accuracies(data, job.recipe.data.n_bins) if "masked_bin" in names else {})
+    found |= majority_bin_accuracies(data, job.recipe.data.n_bins) if "masked_bin" in names else {}
+    return found | {name: score for probe in probes for name, score in probe.baseline().items()}
 
 
-def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
-    """Return what a trainer takes: the network set up to train, and its cells."""
+def modules_of(job: Job, guard: Guard | None = None) -> tuple[FoundationModule, CellDataModule]:
+    """Return what a trainer takes: the network set up to train, under a guard if there is one, and its cells."""
     recipe = job.recipe
     choose_trainable(job.network, recipe)
     set_up_blocks(job.network, recipe.trainer)
@@ -209,29 +233,53 @@ def modules_of(job: Job) -> tuple[FoundationModule, CellDataModule]:
     data = CellDataModule(
         store, job.files.tokeniser(), recipe.data, job.train_rows, job.valid_rows, job.cell_conditions, recipe.seed
     )
-    return FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed), data
+    return FoundationModule(job.network, job.objectives, recipe.optimizer, recipe.seed, guard), data
 
 
 def export(job: Job, run: RunDirectory, best: str) -> None:
-    """Write the native model directory with the best weights (the last ones without validation), plots and card."""
+    """Write the native model directory with the best weights (the last ones without validation), plots and card.
+
+    Raises ScfmError where there is no room for them.
+    """
     if best:
         weights = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
         job.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
     merge_lora(job.network)
-    metrics = read_metrics(run.metrics)
-    loss_curves(metrics, run.plots / "losses.png", baselines_of(metrics))
-    write_model_directory(job, run)
+    try:
+        metrics = read_metrics(run.metrics)
+        loss_curves(metrics, run.plots / "losses.png", baselines_of(metrics))
+        write_model_directory(job, run)
+        run.finish()
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise ScfmError(
+            f"{run.model}: no space left to write the model; its weights and the checkpoints are safe in "
+            f"{run.checkpoints}. Free some space, and run the same command again with --resume auto"
+        ) from error
 
 
 def write_model_directory(job: Job, run: RunDirectory) -> None:
     """Write the native model directory of a job, and its card, from the weights that its network has."""
     metrics = read_metrics(run.metrics)
-    baselines = baselines_of(metrics)
-    job.files.card = model_card(
-        job.recipe, job.files, metrics, baselines, sum(p.numel() for p in job.network.parameters())
+    facts = RunFacts(
+        sum(p.numel() for p in job.network.parameters()),
+        len(job.train_rows),
+        len(job.valid_rows),
+        job.hardware,
+        majority_accuracy(job.cell_conditions.get("label"), job.train_rows, job.valid_rows),
     )
+    job.files.card = model_card(job.recipe, job.files, metrics, baselines_of(metrics), facts)
     run.card.write_text(job.files.card, encoding="utf-8")
     save_model(run.model, job.network, job.files, replace=True)
+
+
+def majority_accuracy(labels: Codes | None, train: SomeRows, valid: SomeRows) -> float | None:
+    """Return how often the label that is most frequent in training is right in validation; None without labels."""
+    if labels is None or len(valid) == 0:
+        return None
+    learned, judged = (np.asarray(labels[np.asarray(rows, np.int64)], np.int64) for rows in (train, valid))
+    return float((judged == np.bincount(learned).argmax()).mean())
 
 
 def opening_line(job: Job, trainer: L.Trainer) -> str:
@@ -345,17 +393,3 @@ def set_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
             raise ScfmError(f"trainable: {pattern!r} matches no parameter; they are named like {names[:3]} ...")
     for name, parameter in network.named_parameters():
         parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def wandb_loggers(recipe: Recipe, run: RunDirectory) -> list[Logger]:
-    """Return the Weights & Biases logger where the recipe names a project."""
-    config: dict[str, Any] = asdict(recipe.wandb)
-    if not config["project"] or not is_main_process():
-        return []
-    from lightning.pytorch.loggers import WandbLogger
-
-    logger = WandbLogger(
-        project=config["project"], name=config["name"], offline=config["mode"] == "offline", save_dir=run.path
-    )
-    logger.log_hyperparams(recipe.to_dict())
-    return [logger]

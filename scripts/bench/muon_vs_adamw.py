@@ -27,8 +27,8 @@ import torch
 
 from scfm.baselines.mean_value import baselines_of
 from scfm.evaluation.provenance import provenance
+from scfm.metrics_file import read_metrics
 from scfm.recipe_reader import read_recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.launch import keep_memory
 from scfm.training.run import pretrain
 

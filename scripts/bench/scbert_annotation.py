@@ -40,9 +40,9 @@ from scfm.data.prepare import prepare
 from scfm.evaluation.harness import Comparison, Method, compare
 from scfm.evaluation.provenance import provenance
 from scfm.evaluation.splits import Split, stratified_split
+from scfm.metrics_file import read_metrics
 from scfm.pretrained import UNASSIGNED
 from scfm.recipe_reader import bundled, merged, read_recipe, read_yaml
-from scfm.training.callbacks import read_metrics
 from scfm.training.launch import keep_memory
 from scfm.training.run import pretrain
 

@@ -15,7 +15,7 @@ from cells import GENES, made_up_cells
 from scfm.checkpoints.native import read_model
 from scfm.cli import main
 from scfm.data.hashing import load_hashes
-from scfm.training.callbacks import read_metrics
+from scfm.metrics_file import read_metrics
 
 PROCESSES = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
 

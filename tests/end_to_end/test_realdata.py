@@ -13,8 +13,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from scfm.baselines.mean_value import baselines_of
 from scfm.cli import main
+from scfm.metrics_file import read_metrics
 from scfm.pretrained import PretrainedModel, load
-from scfm.training.callbacks import read_metrics
 
 pytestmark = pytest.mark.realdata
 

@@ -10,7 +10,7 @@ from corpora import corpus, names
 from launchpad import ROOT, Launchpad, until
 
 from scfm.data.shards import open_shards
-from scfm.training.callbacks import read_metrics
+from scfm.metrics_file import read_metrics
 
 pytestmark = pytest.mark.distributed
 

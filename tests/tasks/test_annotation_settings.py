@@ -17,14 +17,15 @@ import scfm
 from scfm.checkpoints.convert import convert
 from scfm.checkpoints.native import read_model, read_weights
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.model.neighbours import TEMPERATURE, NeighbourDecoder
 from scfm.model.novelty import UNASSIGNED, novelty
-from scfm.recipe import ModelConfig, Recipe, check
+from scfm.recipe import ModelConfig, Recipe
+from scfm.recipe_check import check
 from scfm.recipe_reader import bundled, like, read_recipe
 from scfm.tasks.annotation import default_recipe, few_per_type, paced_recipe
 from scfm.tasks.frozen import fit_probe
 from scfm.tasks.novel_types import novel_as_unassigned
-from scfm.training.callbacks import read_metrics
 from scfm.training.finetune import finetune
 from scfm.training.run import pretrain
 

@@ -21,13 +21,13 @@ from scfm.data.sources import store_from_anndata
 from scfm.errors import ScfmError
 from scfm.evaluation.embedders import embedder
 from scfm.evaluation.protocol import ModelInput
+from scfm.metrics_file import read_metrics
 from scfm.model.embeddings import CellCondition
 from scfm.pretrained import EMBEDDING
 from scfm.recipe import TaskConfig, defaults_of
 from scfm.recipe_reader import bundled, like, read_recipe
 from scfm.tasks.finetuning import start
 from scfm.tasks.integration import batch_codes, log_expression, with_batch
-from scfm.training.callbacks import read_metrics
 from scfm.training.finetune import finetune
 from scfm.training.run import pretrain
 

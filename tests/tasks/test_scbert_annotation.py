@@ -17,11 +17,11 @@ from scbert_runs import scbert_recipe
 
 import scfm
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.model import ScBERT
 from scfm.model.heads import HeadSpec
 from scfm.recipe import ModelConfig, PerformerConfig, Recipe
 from scfm.recipe_reader import bundled, like, read_recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.run import Job, pretrain, set_trainable
 
 QUICK: dict[str, Any] = {

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from runs import tiny_recipe, write_shards
 
-from scfm.training.callbacks import MetricsCsv, clock, read_metrics
-from scfm.training.checkpointing import checkpoints
+from scfm.metrics_file import read_metrics
+from scfm.training.callbacks import MetricsCsv, clock
 from scfm.training.run import pretrain
+from scfm.training.saving import checkpoints
 
 
 def test_metrics_are_appended_and_read_back(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_the_run_directory_is_complete(tmp_path: Path) -> None:
     pretrain(tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run"))
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "recipe.yaml", "metrics.csv", "log.txt", "checkpoints", "plots", "model", "README.md",
+        "recipe.yaml", "metrics.csv", "log.txt", "checkpoints", "plots", "model", "README.md", "finished.yaml",
     }  # fmt: skip
     assert (run / "plots" / "losses.png").read_bytes().startswith(b"\x89PNG")
     card = (run / "README.md").read_text()
@@ -60,6 +61,8 @@ def test_the_run_directory_is_complete(tmp_path: Path) -> None:
     assert f"{logged[6, 'valid/gep']:.4g}" in card
     assert f"{logged[0, 'baseline/gene mean']:.4g}" in card
     assert "made-up.h5ad | 120" in card
+    for told in ("| cells | 108 to train on, 12 held out", "| time | ", "| hardware | 1 x ", "0.9 times all cells"):
+        assert told in card
     speeds = {name.removeprefix("speed/") for _, name in logged if name.startswith("speed/")}
     assert speeds >= {"cells_per_second", "tokens_per_second", "tflops", "mfu", "data_wait", "empty", "peak_memory_gb"}
     assert not speeds & {name.removeprefix("train/") for _, name in logged}
@@ -71,15 +74,6 @@ def test_a_run_shorter_than_an_epoch_is_validated_at_its_end(tmp_path: Path) -> 
     validated = {step for step, name, _ in read_metrics(tmp_path / "run" / "metrics.csv") if name == "valid/loss"}
     assert validated == {3}
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
-
-
-def test_wandb_offline_logs_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    section = {"project": "scfm-test", "mode": "offline"}
-    pretrain(tiny_recipe(write_shards(tmp_path / "shards"), tmp_path / "run", wandb=section))
-    (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert logged.stat().st_size > 0
-    assert read_metrics(tmp_path / "run" / "metrics.csv")
 
 
 def test_clock() -> None:

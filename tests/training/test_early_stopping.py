@@ -10,8 +10,8 @@ from runs import tiny_recipe, write_shards
 
 from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.recipe import CheckpointConfig, Recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.run import pretrain
 
 STILL = {"lr": 1e-30}  # the weights stay as they are, and so does every validation: none is better than the first

@@ -19,10 +19,10 @@ from scfm.data.loader import PackLoader
 from scfm.data.order import CellOrder
 from scfm.data.shards import open_shards
 from scfm.data.tokens import Tokeniser
+from scfm.metrics_file import read_metrics
 from scfm.model.scgpt import ScGPT
 from scfm.objectives import build_objectives
 from scfm.recipe import ObjectiveConfig, OptimizerConfig
-from scfm.training.callbacks import read_metrics
 from scfm.training.datamodule import CellDataModule
 from scfm.training.launch import quieten
 from scfm.training.module import FoundationModule, gather

@@ -17,11 +17,11 @@ from scfm.checkpoints.native import read_weights
 from scfm.data.shards import open_shards
 from scfm.data.tokens import Tokeniser
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.model import ScGPT
 from scfm.model.heads import HeadSpec
 from scfm.objectives import build_objectives
 from scfm.recipe import ModelConfig, OptimizerConfig, Recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.datamodule import CellDataModule
 from scfm.training.module import FoundationModule
 from scfm.training.muon import JoinedOptimizer

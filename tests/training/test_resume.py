@@ -1,23 +1,17 @@
-"""A run that was killed continues as if it had never stopped: same batches, same draws, same weights, to the bit."""
+"""A run that is resumed is as if it had never stopped, to the bit; tests/faults kills such runs for real."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from killing import assert_same_run
 from runs import tiny_recipe, write_shards
 
-from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.recipe import Recipe
-from scfm.training.callbacks import read_metrics
-from scfm.training.checkpointing import checkpoints, step_of
 from scfm.training.run import pretrain
 
 STEPS = 27  # 6 steps an epoch: the run ends in the middle of the fifth
@@ -44,47 +38,6 @@ def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     pretrain(recipe_for(shards, out))
     return out
-
-
-def losses(run: Path) -> list[tuple[int, str, float]]:
-    """All that a run logged, but for speeds."""
-    return sorted(row for row in read_metrics(run / "metrics.csv") if not row[1].startswith("speed/"))
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    weights, expected = read_weights(run / "model"), read_weights(other / "model")
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    assert losses(run) == losses(other)
-
-
-def kill_at(recipe: Recipe, folder: Path, step: int) -> None:
-    """Start a run in a process of its own and kill it once it has logged a step."""
-    recipe.save(folder / "recipe.yaml")
-    command = [sys.executable, "-m", "scfm.cli", "pretrain", "--config", str(folder / "recipe.yaml")]
-    log = Path(recipe.out) / "log.txt"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (log.exists() and f"step {step}/" in log.read_text()):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-
-
-@pytest.mark.parametrize("step", [9, 14])
-def test_killed_in_mid_epoch_then_resumed(shards: Path, unbroken: Path, tmp_path: Path, step: int) -> None:
-    recipe = recipe_for(shards, tmp_path / "run")
-    kill_at(recipe, tmp_path, step)
-    *_, stopped_at = checkpoints(tmp_path / "run" / "checkpoints")
-    assert step - 5 <= step_of(stopped_at) < STEPS
-    pretrain(recipe, resume="auto")
-    assert_same_run(tmp_path / "run", unbroken)
-
-
-def test_killed_before_the_first_checkpoint_starts_again(shards: Path, unbroken: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(shards, tmp_path / "run")
-    kill_at(recipe, tmp_path, 1)
-    pretrain(recipe, resume="auto")
-    assert_same_run(tmp_path / "run", unbroken)
 
 
 @pytest.mark.parametrize("step", [8, 12, 24])

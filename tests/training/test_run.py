@@ -11,7 +11,7 @@ from runs import tiny_recipe, write_shards
 
 from scfm.checkpoints.native import read_weights
 from scfm.errors import ScfmError
-from scfm.recipe import check
+from scfm.recipe_check import check
 from scfm.training.run import hold_out, pretrain
 
 

@@ -17,10 +17,10 @@ from scfm.baselines.majority_bin import majority_bin_accuracies
 from scfm.checkpoints.native import load_model, read_model, read_weights
 from scfm.data.shards import open_shards
 from scfm.errors import ScfmError
+from scfm.metrics_file import read_metrics
 from scfm.plan import plan_of
 from scfm.recipe import Recipe
 from scfm.recipe_reader import parse_recipe, read_recipe
-from scfm.training.callbacks import read_metrics
 from scfm.training.features import redraw_callbacks
 from scfm.training.launch import build_trainer
 from scfm.training.run import modules_of, pretrain, pretraining_job
