@@ -27,7 +27,7 @@ from scfm.training.run import Job, modules_of, pretraining_job
 Weights = dict[str, Tensor]
 
 
-def in_world(size: int, action: Callable[[], Any], seconds: float = 120.0, **environment: str) -> list[Any]:
+def in_world(size: int, action: Callable[[], Any], seconds: float = 240.0, **environment: str) -> list[Any]:
     """Run a function in each of several forked processes; return what each returned, by rank.
 
     Fails with the trace of a process that raised, and where one does not end: none is left behind.

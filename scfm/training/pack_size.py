@@ -22,6 +22,7 @@ from scfm.data.rows import rows_at
 from scfm.errors import ScfmError
 from scfm.memory import ADAM_STATES, CPU_SHARE, USABLE, free_memory
 from scfm.model.scgpt import ScGPT
+from scfm.plan import largest_pack, step_memory
 from scfm.recipe import Recipe
 from scfm.training.callbacks import Progress
 from scfm.training.datamodule import CellDataModule
@@ -117,18 +118,18 @@ class PackSize(L.Callback):
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe, self.found = recipe, False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if self.recipe.data.tokens_per_pack != "auto" or not isinstance(data, CellDataModule):
+        if self.recipe.data.tokens_per_pack != "auto" or self.found or not isinstance(data, CellDataModule):
             return
         assert isinstance(pl_module, FoundationModule)
-        place, how = place_of(trainer), "as when the run began"
-        if data.pack_place != place:
+        self.found, place, how = True, place_of(trainer), "as when the run began"
+        if not trainer.strategy.reduce_boolean_decision(data.pack_place == place):  # nodes may have other GPUs
             tokens, how = self.measured(trainer, pl_module, data)
             data.use_packs(tokens, place)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -158,8 +159,6 @@ class PackSize(L.Callback):
 
     def expected(self, module: FoundationModule, cells: Cells, budget: float) -> int:
         """Return the pack that the memory model of `scfm plan` expects to fit; 0 where it has none of the model."""
-        from scfm.plan import largest_pack, step_memory
-
         if not isinstance(module.network, ScGPT):
             return 0
         on_gpu = next(module.network.parameters()).is_cuda
