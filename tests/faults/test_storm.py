@@ -148,7 +148,9 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
                 while step_reached(Path(recipe.out)) < goal:
                     assert agent.poll() is None, "torchrun gave up"
                     time.sleep(0.01)
-                os.kill(draw.choice(children_of(agent.pid)), signal.SIGKILL)
+                while not (workers := children_of(agent.pid)):
+                    time.sleep(0.01)
+                os.kill(draw.choice(workers), signal.SIGKILL)
             assert agent.wait(10 * PATIENCE) == 0
         finally:
             for left in children_of(agent.pid):
