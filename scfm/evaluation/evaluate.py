@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         task: annotation, integration or mapping.
-        model: Model directories, separated by commas.
+        model: Model directories, or names on the Hub (org/name), separated by commas.
         data: h5ad files with raw counts and labels; several are put together on the genes they share.
         out: Folder for the report and the runs; must not exist or be empty.
         label: obs column that holds the labels.
@@ -64,6 +64,7 @@ def evaluate(
         curve: For annotation, a learning curve too: with so many training cells of each type, 1 5 10 50.
         strict: Refuse models that were trained on held-out cells, or do not say what they were trained on.
     """
+    from scfm.checkpoints.hub import model_folder
     from scfm.checkpoints.native import read_model
     from scfm.data.hashing import store_hashes
     from scfm.data.orthologs import Orthologs
@@ -82,7 +83,7 @@ def evaluate(
         raise ScfmError(f"--reference: {task} is transductive; give all files as --data")
     if curve and novel:
         raise ScfmError("--curve: with --novel a few cells of a type leave none to set a threshold by; leave one out")
-    paths = [Path(one) for one in model.split(",")]
+    paths = [model_folder(one) for one in model.split(",")]
     files = [data] if isinstance(data, str) else list(data)
     parts = asked.read_files(files, label)
     learned = asked.read_files([reference], label) if reference is not None else {}

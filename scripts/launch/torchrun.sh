@@ -27,7 +27,8 @@ command=(
 )
 ((${#hosts[@]})) || exec "${command[@]}"
 
-printf -v remote 'cd %q && exec env PATH=%q ' "$PWD" "$PATH"
+# without the variable, processes that are started again would read where those before them met
+printf -v remote 'cd %q && exec env PATH=%q TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ' "$PWD" "$PATH"
 remote+=$(printf '%q ' "${command[@]}")
 # -tt: what runs there ends when this script does
 for host in "${hosts[@]}"; do
