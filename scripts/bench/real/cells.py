@@ -1,9 +1,9 @@
-"""Real cells for `runs.sh`: informative genes of the pretraining cells, samples with frozen splits, one organism's genes.
+"""Real cells for `runs.sh`: informative genes, samples, frozen splits, cells of one organism in the genes of another.
 
-    python scripts/bench/real/cells.py genes   --out vocab.json  --count 1000 FILE.h5ad ...
-    python scripts/bench/real/cells.py sample  --out OUT.h5ad    --most 4000 FILE.h5ad
-    python scripts/bench/real/cells.py splits  --out splits.json --most 1000 --seeds 5 REFERENCE.h5ad QUERY.h5ad
-    python scripts/bench/real/cells.py mapped  --out OUT.h5ad    --orthologs TABLE CELLS.h5ad CELLS_OF_THE_OTHER.h5ad
+python scripts/bench/real/cells.py genes   --out vocab.json  --count 1000 FILE.h5ad ...
+python scripts/bench/real/cells.py sample  --out OUT.h5ad    --most 4000 FILE.h5ad
+python scripts/bench/real/cells.py splits  --out splits.json --most 1000 --seeds 5 REFERENCE.h5ad QUERY.h5ad
+python scripts/bench/real/cells.py mapped  --out OUT.h5ad    --orthologs TABLE CELLS.h5ad CELLS_OF_THE_OTHER.h5ad
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def across(reference: str, query: str, most: int, seeds: int, out: Path) -> None
         )
         splits.append(Split(train, test, seed, said))
     save_splits(out, splits, cells.obs_names.tolist())
-    print(f"{out}: {seeds} splits, {len(splits[0].train):,} training cells, {len(test):,} held out; {splits[0].protocol}")
+    print(
+        f"{out}: {seeds} splits, {len(splits[0].train):,} training cells, {len(test):,} held out; {splits[0].protocol}"
+    )
 
 
 def main() -> None:
@@ -99,14 +101,14 @@ def main() -> None:
     if given.what == "genes":
         informative_genes(given.files, given.count).save(given.out)
     elif given.what == "splits":
-        across(*given.files, given.most, given.seeds, given.out)
+        across(given.files[0], given.files[1], given.most, given.seeds, given.out)
     elif given.what == "sample":
         cells = read_cells(given.files, LABEL)
         cells[drawn(cells.obs[LABEL].to_numpy(dtype=str), given.most, seed=0)].write_h5ad(given.out)
     else:
         cells, other = (anndata.read_h5ad(file) for file in given.files)
         translated = Orthologs.read(given.orthologs).translate(cells, other)
-        print({key: value for key, value in translated.uns["orthologs"].items()})
+        print(translated.uns["orthologs"])
         translated.write_h5ad(given.out)
 
 
