@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -22,13 +22,14 @@ from scfm.data.rows import rows_at
 from scfm.errors import ScfmError
 from scfm.memory import ADAM_STATES, CPU_SHARE, USABLE, free_memory
 from scfm.model.scgpt import ScGPT
-from scfm.plan import largest_pack, step_memory
 from scfm.recipe import Recipe
 from scfm.training.callbacks import Progress
 from scfm.training.datamodule import CellDataModule
 from scfm.training.module import FoundationModule
 from scfm.training.sharding import ShardedStrategy, part_of
-from scfm.workload import SAMPLED_CELLS, Cells
+
+if TYPE_CHECKING:  # planning reads shards, which synthetic cells do without
+    from scfm.workload import Cells
 
 FIRST = 8  # the first trial is this part of what the memory model expects
 TRIALS = 8
@@ -159,6 +160,8 @@ class PackSize(L.Callback):
 
     def expected(self, module: FoundationModule, cells: Cells, budget: float) -> int:
         """Return the pack that the memory model of `scfm plan` expects to fit; 0 where it has none of the model."""
+        from scfm.plan import largest_pack, step_memory
+
         if not isinstance(module.network, ScGPT):
             return 0
         on_gpu = next(module.network.parameters()).is_cuda
@@ -232,6 +235,8 @@ def room(fitting: list[tuple[int, float]], budget: float) -> float:
 
 def sample(data: CellDataModule, recipe: Recipe) -> Cells:
     """Return the lengths of a sample of the training cells."""
+    from scfm.workload import SAMPLED_CELLS, Cells
+
     step = max(1, len(data.train_rows) // SAMPLED_CELLS)
     rows = np.sort(rows_at(data.train_rows, np.arange(0, len(data.train_rows), step)))
     found = np.full(len(rows), data.store.vocabulary.n_genes)
