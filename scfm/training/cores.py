@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed
 
 
 class OwnCores(L.Callback):
     """Pins the threads of each process of a CPU run to its share of the cores, lest they take turns.
+
+    A process computes with no more threads than it has cores. (OpenMP's do not live on in a forked process: one that
+    asked for several would wait for them for ever.)
 
     Nothing is pinned where there is one process or a GPU, where cores are fewer than processes, where the launcher has
     shared the cores out already (as SLURM does), or where the system cannot pin (macOS).
@@ -19,6 +23,7 @@ class OwnCores(L.Callback):
 
     def __init__(self) -> None:
         self.before: set[int] = set()
+        self.threads = torch.get_num_threads()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         on_cpu = trainer.strategy.root_device.type == "cpu"
@@ -30,12 +35,14 @@ class OwnCores(L.Callback):
         shared = all(cores == allowed for node, cores in everyone if node == trainer.node_rank)
         mine = share_of(allowed, trainer.local_rank, trainer.num_devices)
         if shared and mine:
-            self.before = allowed
+            self.before, self.threads = allowed, torch.get_num_threads()
+            torch.set_num_threads(min(self.threads, len(mine)))
             pin(mine)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.before:
             pin(self.before)
+            torch.set_num_threads(self.threads)
             self.before = set()
 
 

@@ -72,3 +72,28 @@ def test_two_processes_have_different_cores_and_one_has_all(tmp_path: Path) -> N
         assert len(cores[0]) == len(before) // processes
         assert len(set.union(*cores)) == processes * len(cores[0])
         assert os.sched_getaffinity(0) == before
+
+
+class Product(Model):
+    """Multiplies matrices so large that torch would share them out to threads."""
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        (self.folder / f"{self.global_rank}.json").write_text(json.dumps(torch.get_num_threads()))
+        return self.weight * (torch.ones(700, 700) @ torch.ones(700, 700)).sum()
+
+
+@needs_pinning
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="on two cores each of two processes has one thread")
+def test_forked_processes_compute_where_their_parent_had_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(700, 700) @ torch.ones(700, 700)  # starts the threads, which a forked process does not inherit
+        recipe = tiny_recipe(tmp_path, tmp_path / "run", trainer={"devices": 2, "strategy": "ddp_fork", "max_steps": 1})
+        trainer = build_trainer(recipe, logger=False, enable_checkpointing=False)
+        trainer.fit(Product(tmp_path), torch.utils.data.DataLoader([0]))
+    finally:
+        torch.set_num_threads(before)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [1, 1]
