@@ -20,6 +20,7 @@ from scfm.evaluation.protocols import protocol_of
 from scfm.evaluation.provenance import data_hash
 from scfm.evaluation.splits import Split
 from scfm.evaluation.stopwatch import Stopwatch
+from scfm.threads import same_threads
 
 if TYPE_CHECKING:
     import anndata
@@ -357,7 +358,8 @@ def run_method(
     watch = Stopwatch()
     outcome = failure = trace = None
     try:
-        outcome = protocol.run(method, cells, split, labels, watch.measure, shown)
+        with same_threads():
+            outcome = protocol.run(method, cells, split, labels, watch.measure, shown)
     except Exception as error:  # methods are other people's code: whatever they raise, the others go on
         failure = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ScfmError):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.protocol import KINDS
+from scfm.threads import same_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,8 +122,9 @@ def umap_of(embedding: NDArray, seed: int = 0) -> NDArray[np.float32]:
     import scanpy
 
     cells = anndata.AnnData(np.asarray(embedding, dtype=np.float32))
-    scanpy.pp.neighbors(cells, use_rep="X", n_neighbors=min(15, len(embedding) - 1), random_state=seed)
-    scanpy.tl.umap(cells, random_state=seed)
+    with same_threads():
+        scanpy.pp.neighbors(cells, use_rep="X", n_neighbors=min(15, len(embedding) - 1), random_state=seed)
+        scanpy.tl.umap(cells, random_state=seed)
     return cells.obsm["X_umap"]
 
 
