@@ -160,6 +160,12 @@ class Comparison:
         return self.cells.adata.obs_names.to_numpy(dtype=str)
 
     @cached_property
+    def held_out(self) -> list[int]:
+        """Cells of each listed type that are held out in some split, each counted once."""
+        truth = self.truth[np.unique(np.concatenate([split.test for split in self.splits]))]
+        return [int((truth == name).sum()) for name in self.labels]
+
+    @cached_property
     def split_hashes(self) -> list[str]:
         """The sha256 of each split."""
         return [split.hash(self.cell_names.tolist()) for split in self.splits]

@@ -287,7 +287,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
     """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
     colours = colours_of(comparison)
     markers = _markers(comparison)
-    order = np.argsort(comparison.support, kind="stable")
+    order = np.argsort(comparison.held_out, kind="stable")
     names = comparison.ranked("model", "baseline")
     with new_figure(7.2, 1.1 + max(0.36, 0.09 * len(names)) * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
@@ -299,7 +299,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
             style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
             axis.hlines(y, np.nanmin(scores, axis=0), np.nanmax(scores, axis=0), lw=1.6, alpha=0.45, **style)
             axis.scatter(np.nanmean(scores, axis=0), y, s=24, marker=markers[name], label=name, lw=0, **style)
-        labels = [f"{comparison.labels[i]}  ({comparison.support[i]:,})" for i in order]
+        labels = [f"{comparison.labels[i]}  ({comparison.held_out[i]:,})" for i in order]
         axis.set_yticks(range(len(order)), labels)
         axis.set_yticks(np.arange(0.5, len(order) - 1), minor=True)
         axis.tick_params(which="minor", length=0)
