@@ -8,13 +8,15 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+import torch
 from comparisons import FewBaselines, Oracle, compared, three_types
 
 from scfm.baselines import OBLIGATORY
 from scfm.baselines.inputs import read_labels
 from scfm.errors import ScfmError
-from scfm.evaluation.harness import compare
+from scfm.evaluation.harness import compare, run_method
 from scfm.evaluation.leakage import TrainedOn
+from scfm.evaluation.protocol import LabelledCells
 from scfm.evaluation.splits import Split, stratified_split
 from scfm.evaluation.verdict import against_best_baseline, caveats
 
@@ -150,6 +152,19 @@ def test_who_is_sure_of_a_type_outside_the_list_is_sure_all_the_same() -> None:
     (run,) = compare([Stranger(adata)], adata, "type", [split], task=QUICK).runs_of("oracle")
     assert run.scores.reliability.cells[8] == len(test)  # 0.8 to 0.9, and not the 0.05 of the next best type
     assert run.scores.values["calibration_error"] == pytest.approx(0.9)
+
+
+def test_a_method_that_takes_more_threads_leaves_the_next_what_it_had() -> None:
+    class Greedy(Oracle):
+        def fit(self, adata: anndata.AnnData, label: str, seed: int) -> None:
+            super().fit(adata, label, seed)
+            torch.set_num_threads(threads + 1)
+
+    threads, adata = torch.get_num_threads(), three_types()
+    cells, split = LabelledCells(adata, "type"), stratified_split(read_labels(adata, "type"), 0.3)
+    run = run_method(QUICK, Greedy(adata), "model", cells, split, 0, ["B", "NK", "T"], shown=False)
+    assert run.failure is None
+    assert torch.get_num_threads() == threads
 
 
 class Short(Oracle):
