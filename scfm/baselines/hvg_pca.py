@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix
 
 from scfm.baselines.inputs import ExpressionRule, read_labels
 from scfm.errors import ScfmError
+from scfm.threads import same_threads
 
 if TYPE_CHECKING:
     import anndata
@@ -85,7 +86,8 @@ def highly_variable(
         cells = cells[sizes[members] > 1]
         if not cells.n_obs:
             raise ScfmError(f"each of the {n} cells is a batch of its own: no gene varies within a batch")
-    table = scanpy.pp.highly_variable_genes(
-        cells, n_top_genes=genes, flavor="seurat", batch_key=None if batches is None else "batch", inplace=False
-    )
+    with same_threads():
+        table = scanpy.pp.highly_variable_genes(
+            cells, n_top_genes=genes, flavor="seurat", batch_key=None if batches is None else "batch", inplace=False
+        )
     return np.flatnonzero(table["highly_variable"].to_numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -44,6 +44,29 @@ def genes_of(var: pd.DataFrame, organism: str | None = None) -> tuple[list[str |
     for row in np.flatnonzero(~are_genes(var, organism)):
         ensembl[row] = symbol[row] = None
     return ensembl, symbol
+
+
+def keys_across(tables: Sequence[pd.DataFrame]) -> list[list[str | None]]:
+    """Return of each of several var tables what names its rows alike in all: Ensembl ids, symbols where none is known.
+
+    A symbol without an id stands for the id that the other tables give it, where they agree. None for a row that means
+    the same gene as an earlier one of its table.
+    """
+    named = [(*genes_of(var), _names(pd.Series(var.index))) for var in tables]
+    ids: dict[str, set[str]] = {}
+    for ensembl, symbols, _ in named:
+        for gene, symbol in zip(ensembl, symbols, strict=True):
+            if gene and symbol:
+                ids.setdefault(symbol, set()).add(gene)
+    found: list[list[str | None]] = []
+    for rows in named:
+        keys: dict[str | None, int] = {}
+        for row, (gene, symbol, name) in enumerate(zip(*rows, strict=True)):
+            meant = ids.get(symbol, set()) if symbol else set()
+            keys.setdefault(gene or (next(iter(meant)) if len(meant) == 1 else symbol or name), row)
+        key_of = {row: key for key, row in keys.items()}
+        found.append([key_of.get(row) for row in range(len(rows[0]))])
+    return found
 
 
 def are_genes(var: pd.DataFrame, organism: str | None = None) -> NDArray[np.bool_]:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from scfm.baselines.inputs import read_labels
+from scfm.data.genes import ID_COLUMNS, KIND_COLUMNS, SYMBOL_COLUMNS, keys_across, with_names_of
+from scfm.data.vocabulary import is_ensembl
 from scfm.errors import ScfmError
 from scfm.evaluation.protocol import EvaluationProtocol, LabelledCells
 from scfm.evaluation.splits import Split, grouped_split, load_splits, stratified_split
@@ -75,13 +78,31 @@ def labelled(adata: AnnData, label: str, file: str) -> AnnData:
 
 
 def together(parts: Mapping[str, AnnData]) -> AnnData:
-    """Return several sets of cells as one, on the genes that all share. Raises ScfmError where they share none."""
+    """Return several sets of cells as one, on the genes that all share, under the names that the first gives them.
+
+    Genes are the same by Ensembl id where two sets have one, else by symbol; var holds the ids as `ensembl_id`.
+    Raises ScfmError where they share no gene.
+    """
     import anndata
 
     counts = {name: counts_of(part) for name, part in parts.items()}
-    if not len(set.intersection(*(set(part.var_names) for part in counts.values()))):
-        raise ScfmError(f"{', '.join(parts)} share no gene name; name genes alike in all (.var_names)")
-    return anndata.concat(counts, join="inner", index_unique="-")
+    keys = keys_across([part.var for part in counts.values()])
+    everywhere = set.intersection(*(set(one) for one in keys)) - {None}
+    if not everywhere:
+        raise ScfmError(f"{', '.join(parts)} share no gene, by Ensembl id or by symbol; name genes alike in all (.var)")
+    genes = [key for key in keys[0] if key in everywhere]
+    chosen = {}
+    for (name, part), of_part in zip(counts.items(), keys, strict=True):
+        place = {key: column for column, key in enumerate(of_part)}
+        chosen[name] = part[:, [place[key] for key in genes]].copy()
+        chosen[name].var = pd.DataFrame(index=pd.Index(genes, dtype=str))
+    first = next(iter(counts.values())).var
+    var = first.iloc[[column for column, key in enumerate(keys[0]) if key in everywhere]]
+    both = anndata.concat(chosen, join="inner", index_unique="-")
+    both.var = var[[name for name in (*ID_COLUMNS, *SYMBOL_COLUMNS, *KIND_COLUMNS) if name in var]].copy()
+    both.var["ensembl_id"] = [key if key and is_ensembl(key) else None for key in genes]
+    both.var_names_make_unique()
+    return both
 
 
 def counts_of(adata: AnnData) -> AnnData:
@@ -89,6 +110,7 @@ def counts_of(adata: AnnData) -> AnnData:
     if adata.raw is not None:
         counts = adata.raw.to_adata()
         counts.obs = adata.obs
+        counts.var = with_names_of(counts.var, adata.var)
         return counts
     adata.var_names_make_unique()
     return adata
@@ -186,8 +208,6 @@ def withhold(parts: Sequence[AnnData], label: str, novel: Collection[str]) -> No
 
     Raises ScfmError for a type that no cell has, or where cells are called `Unassigned` already.
     """
-    import pandas as pd
-
     truths = [read_labels(part, label) for part in parts]
     there = sorted(set().union(*truths))
     if missing := sorted(set(novel) - set(there)):

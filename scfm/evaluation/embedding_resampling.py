@@ -144,13 +144,19 @@ def _ratio(part: NDArray, whole: NDArray) -> NDArray[np.float64]:
 def _entropy(counts: NDArray, squares: NDArray) -> NDArray[np.float64]:
     """Entropies of weights (..., K) summed by category, given the summed squares of weights (..., K).
 
-    To the second order n draws fall short of the entropy they are drawn from by (K - 1) / 2n (Miller 1955), K the
-    categories met; a resample is as good as (sum w)^2 / sum w^2 distinct cells, and the difference is added.
+    n draws fall short of the entropy that they are drawn from, the more the rarer the categories; Grassberger (2003,
+    arXiv physics/0307138) estimates by how much. Equal weights are no draws and need no correction
+    (sum w^2 = n), draws with replacement need all of it (2n), draws of whole donors more.
     """
+    from scipy.special import digamma
+
     n = counts.sum(-1)
     share = counts / n[..., None]
     plain = -(share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(-1)
-    return plain + ((counts > 0).sum(-1) - 1) / 2 * (squares.sum(-1) / n**2 - 1 / n)
+    drawn = np.where(counts > 0, counts, 1)
+    turn = np.where(drawn % 2 == 0, 0.5, -0.5) * (digamma((drawn + 1) / 2) - digamma(drawn / 2))
+    estimated = np.log(n) - (counts * (digamma(drawn) + turn)).sum(-1) / n
+    return plain + (squares.sum(-1) / n - 1) * (estimated - plain)
 
 
 def _nmi(table: NDArray, squares: NDArray) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from scfm.evaluation.protocols import protocol_of
 from scfm.evaluation.provenance import data_hash
 from scfm.evaluation.splits import Split
 from scfm.evaluation.stopwatch import Stopwatch
+from scfm.threads import same_threads
 
 if TYPE_CHECKING:
     import anndata
@@ -157,6 +158,12 @@ class Comparison:
     def cell_names(self) -> NDArray[np.str_]:
         """(N,) obs names."""
         return self.cells.adata.obs_names.to_numpy(dtype=str)
+
+    @cached_property
+    def held_out(self) -> list[int]:
+        """Cells of each listed type that are held out in some split, each counted once."""
+        truth = self.truth[np.unique(np.concatenate([split.test for split in self.splits]))]
+        return [int((truth == name).sum()) for name in self.labels]
 
     @cached_property
     def split_hashes(self) -> list[str]:
@@ -357,7 +364,8 @@ def run_method(
     watch = Stopwatch()
     outcome = failure = trace = None
     try:
-        outcome = protocol.run(method, cells, split, labels, watch.measure, shown)
+        with same_threads():
+            outcome = protocol.run(method, cells, split, labels, watch.measure, shown)
     except Exception as error:  # methods are other people's code: whatever they raise, the others go on
         failure = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ScfmError):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from scfm.evaluation.metrics import METRICS
 from scfm.evaluation.protocol import KINDS
+from scfm.threads import same_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,8 +122,9 @@ def umap_of(embedding: NDArray, seed: int = 0) -> NDArray[np.float32]:
     import scanpy
 
     cells = anndata.AnnData(np.asarray(embedding, dtype=np.float32))
-    scanpy.pp.neighbors(cells, use_rep="X", n_neighbors=min(15, len(embedding) - 1), random_state=seed)
-    scanpy.tl.umap(cells, random_state=seed)
+    with same_threads():
+        scanpy.pp.neighbors(cells, use_rep="X", n_neighbors=min(15, len(embedding) - 1), random_state=seed)
+        scanpy.tl.umap(cells, random_state=seed)
     return cells.obsm["X_umap"]
 
 
@@ -285,7 +287,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
     """Draw F1 of every type, commonest first: a dot per method at the mean over seeds, a line over the seeds' range."""
     colours = colours_of(comparison)
     markers = _markers(comparison)
-    order = np.argsort(comparison.support, kind="stable")
+    order = np.argsort(comparison.held_out, kind="stable")
     names = comparison.ranked("model", "baseline")
     with new_figure(7.2, 1.1 + max(0.36, 0.09 * len(names)) * len(order)) as (figure, (axis,), drawn):
         for k, name in enumerate(names):
@@ -297,7 +299,7 @@ def per_class_f1(comparison: Comparison) -> bytes:
             style: dict[str, Any] = {"color": colours[name], "zorder": 3 if comparison.kinds[name] == "model" else 2}
             axis.hlines(y, np.nanmin(scores, axis=0), np.nanmax(scores, axis=0), lw=1.6, alpha=0.45, **style)
             axis.scatter(np.nanmean(scores, axis=0), y, s=24, marker=markers[name], label=name, lw=0, **style)
-        labels = [f"{comparison.labels[i]}  ({comparison.support[i]:,})" for i in order]
+        labels = [f"{comparison.labels[i]}  ({comparison.held_out[i]:,})" for i in order]
         axis.set_yticks(range(len(order)), labels)
         axis.set_yticks(np.arange(0.5, len(order) - 1), minor=True)
         axis.tick_params(which="minor", length=0)

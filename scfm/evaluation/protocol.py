@@ -59,7 +59,7 @@ class LabelledCells:
         adata: the cells, counts in `raw.X` or `X`.
         label: obs column of the labels.
         batch: obs column of the batches, where the task needs one.
-        donor: obs column of the donors; intervals are then given over donors too.
+        donor: obs column of the donors; intervals are then given over donors too, unless donors are types.
     """
 
     adata: AnnData
@@ -81,6 +81,14 @@ class LabelledCells:
     def donors(self) -> NDArray[np.str_] | None:
         """(N,) donors."""
         return None if self.donor is None else read_labels(self.adata, self.donor)
+
+    @cached_property
+    def donors_are_types(self) -> bool:
+        """Whether donors divide the cells just as the labels do, as cell lines do: other donors are other types."""
+        if self.donors is None:
+            return False
+        pairs = set(zip(self.donors.tolist(), self.truth.tolist(), strict=True))
+        return len(pairs) == len(set(self.donors)) == len(set(self.truth))
 
     def without_labels(self, rows: NDArray[np.int64]) -> AnnData:
         """Return a copy of some cells whose label column is not there."""

@@ -117,7 +117,7 @@ def against_best_baseline(comparison: Comparison, model: str, metric: str) -> Di
     strata = [comparison.truth[test] for test in held_out]
     interval = paired_bootstrap(scores[0], scores[1], held_out, strata=strata)
     by_donor = None
-    if (donors := comparison.cells.donors) is not None:
+    if (donors := comparison.cells.donors) is not None and not comparison.cells.donors_are_types:
         of_split = [donors[test] for test in held_out]
         if len(np.unique(np.concatenate(of_split))) > 1:
             by_donor = paired_bootstrap(scores[0], scores[1], held_out, donors=of_split)
@@ -231,7 +231,12 @@ def caveats(comparison: Comparison) -> list[str]:
         worst = max(comparison.duplicates, key=lambda one: one.seen)
         said.append(f"Training and held-out cells share identical profiles: {worst}.")
     said += [*uninformative(comparison).values(), *beaten_by_controls(comparison)]
-    if comparison.cells.donors is not None:
+    if comparison.cells.donors_are_types:
+        said.append(
+            f"No intervals over donors: {comparison.cells.donor} divides the cells just as {comparison.label} does, so "
+            "to draw donors would be to draw types."
+        )
+    elif comparison.cells.donors is not None:
         n = len(np.unique(comparison.cells.donors[np.concatenate([split.test for split in comparison.splits])]))
         if n == 1:
             said.append("All held-out cells are of one donor: nothing is known of how scores vary between donors.")

@@ -8,15 +8,17 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+import torch
 from comparisons import FewBaselines, Oracle, compared, three_types
 
 from scfm.baselines import OBLIGATORY
 from scfm.baselines.inputs import read_labels
 from scfm.errors import ScfmError
-from scfm.evaluation.harness import compare
+from scfm.evaluation.harness import compare, run_method
 from scfm.evaluation.leakage import TrainedOn
+from scfm.evaluation.protocol import LabelledCells
 from scfm.evaluation.splits import Split, stratified_split
-from scfm.evaluation.verdict import against_best_baseline
+from scfm.evaluation.verdict import against_best_baseline, caveats
 
 BASELINES = ["majority class", "kNN on PCA", "logistic regression"]
 QUICK = FewBaselines()
@@ -123,6 +125,8 @@ def test_types_that_are_never_held_out_are_listed_and_not_scored() -> None:
     assert comparison.labels == ["B", "T"]
     assert comparison.excluded == ["NK"]
     assert comparison.support == [int((truth == "B").sum()), int((truth == "T").sum())]
+    assert comparison.held_out == [int((truth[test] == name).sum()) for name in ("B", "T")]
+    assert "Not scored, because the test set has no such cell, only the training cells: NK." in caveats(comparison)
 
 
 def test_embeddings_cover_the_first_split_training_cells_first() -> None:
@@ -131,6 +135,36 @@ def test_embeddings_cover_the_first_split_training_cells_first() -> None:
     assert {"kNN on PCA", "noise embedding"} <= set(comparison.embeddings())
     assert all(len(found) == len(split.train) + len(split.test) for found in comparison.embeddings().values())
     assert comparison.embeddings(split=1) == {}
+
+
+class Stranger(Oracle):
+    """Is sure that every cell is of a type that no held-out cell has."""
+
+    def predict(self, adata: anndata.AnnData) -> tuple[Any, Any]:
+        return np.repeat("NK", adata.n_obs), np.tile([0.05, 0.9, 0.05], (adata.n_obs, 1))
+
+
+def test_who_is_sure_of_a_type_outside_the_list_is_sure_all_the_same() -> None:
+    adata = three_types()
+    rows = np.arange(adata.n_obs)
+    test = rows[(read_labels(adata, "type") != "NK") & (rows % 3 == 0)]
+    split = Split(np.setdiff1d(rows, test), test, 0, "by hand")
+    (run,) = compare([Stranger(adata)], adata, "type", [split], task=QUICK).runs_of("oracle")
+    assert run.scores.reliability.cells[8] == len(test)  # 0.8 to 0.9, and not the 0.05 of the next best type
+    assert run.scores.values["calibration_error"] == pytest.approx(0.9)
+
+
+def test_a_method_that_takes_more_threads_leaves_the_next_what_it_had() -> None:
+    class Greedy(Oracle):
+        def fit(self, adata: anndata.AnnData, label: str, seed: int) -> None:
+            super().fit(adata, label, seed)
+            torch.set_num_threads(threads + 1)
+
+    threads, adata = torch.get_num_threads(), three_types()
+    cells, split = LabelledCells(adata, "type"), stratified_split(read_labels(adata, "type"), 0.3)
+    run = run_method(QUICK, Greedy(adata), "model", cells, split, 0, ["B", "NK", "T"], shown=False)
+    assert run.failure is None
+    assert torch.get_num_threads() == threads
 
 
 class Short(Oracle):

@@ -149,7 +149,7 @@ def test_the_bootstrap_scores_equal_the_scores(comparison: Comparison) -> None:
         assert again[metric].mean() == pytest.approx(scores[metric], abs=0.25 * again[metric].std() + 1e-9), metric
     shuffled = EmbeddingParts.of(rng.permutation(embedding), labels, batches, before, seed=3)
     nothing = shuffled.scores(np.ones((1, 120)))["nmi_leiden"][0]
-    assert shuffled.scores(drawn)["nmi_leiden"].mean() == pytest.approx(nothing, rel=0.35)  # twice it if not corrected
+    assert shuffled.scores(drawn)["nmi_leiden"].mean() == pytest.approx(nothing, rel=0.15)  # twice it if not corrected
     # of a type that no resample draws nothing is known, and nothing is made up
     without_c = parts.scores((labels != "c")[None].astype(float))
     assert all(np.isfinite(without_c[metric]).all() for metric in EmbeddingParts.METRICS)

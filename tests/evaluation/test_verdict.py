@@ -57,6 +57,19 @@ def test_numbers_and_names_are_typeset() -> None:
     assert capitalised("parameter-free PCA + LR") == "Parameter-free PCA + LR"
 
 
+def test_donors_that_are_types_give_no_interval_over_donors() -> None:
+    comparison, (donors_of, types_of) = compared(), (np.arange(150) % 5, compared().truth)
+    for donors, with_interval in ((donors_of.astype(str), True), (np.char.add("line of ", types_of), False)):
+        cells = replace(comparison.cells, adata=comparison.cells.adata.copy(), donor="donor_id")
+        cells.adata.obs["donor_id"] = donors
+        found = replace(comparison, cells=cells)
+        difference = against_best_baseline(found, "oracle", "accuracy")
+        assert (difference.donors is not None) == with_interval
+        note = "No intervals over donors: donor_id divides the cells just as type does"
+        assert any(one.startswith(note) for one in caveats(found)) != with_interval
+        assert any(one.startswith("Only 5 donors") for one in caveats(found)) == with_interval
+
+
 def test_a_perfect_model_beats_the_best_baseline_in_every_seed() -> None:
     comparison = compared()
     found = against_best_baseline(comparison, "oracle", "macro_f1")
@@ -137,6 +150,8 @@ def test_rare_left_out_and_foreign_types_and_duplicates_are_noted() -> None:
         )
     )
     assert "Fewer than 20 cells in all, so their F1 moves in large steps: T." in notes
-    assert "Not scored, because never held out: Platelet." in notes
+    alone = "Not scored, because the test set has no such cell, only the training cells: Platelet."
+    assert alone in notes
+    assert "Not scored, because never held out: Platelet." in caveats(replace(compared(), excluded=["Platelet"]))
     assert "Oracle gave 6 cells a label outside the list; they count as errors." in notes
     assert any(note.startswith("Training and held-out cells share identical profiles: 2 of 45") for note in notes)

@@ -14,7 +14,13 @@ from scfm.baselines import OBLIGATORY, KNNOnPCA
 from scfm.errors import ScfmError
 from scfm.evaluation import plots
 from scfm.evaluation.controls import NearestIn, Oracle, ShuffledLabels, SplitHalf, noise, random_weights
-from scfm.evaluation.metrics import FROM_CONFUSION, ClassificationScores, classification_scores, confusion_codes
+from scfm.evaluation.metrics import (
+    FROM_CONFUSION,
+    ClassificationScores,
+    classification_scores,
+    confusion_codes,
+    reliability,
+)
 from scfm.evaluation.page import Figure
 from scfm.evaluation.protocol import (
     EvaluationProtocol,
@@ -126,13 +132,19 @@ class Annotation(EvaluationProtocol):
         probabilities: NDArray,
         labels: list[str],
     ) -> ClassificationScores:
-        """Score labels (n,) and probabilities (n, classes of the method) of held-out cells, over the label list."""
+        """Score labels (n,) and probabilities (n, classes of the method) of held-out cells, over the label list.
+
+        Confidence is the top probability of all the method's classes: one that calls a cell something outside the list
+        was sure of that.
+        """
         aligned = in_order(probabilities, method.classes, labels, len(truth))
         scores = classification_scores(truth, predicted, labels, aligned)
         # means are over the types with a held-out cell in this split: the truth itself would not score 1 on others
         here = held_out_types(truth, labels)
         columns = [labels.index(name) for name in here]
-        return replace(scores, values=classification_scores(truth, predicted, here, aligned[:, columns]).values)
+        values = classification_scores(truth, predicted, here, aligned[:, columns]).values
+        calibration = reliability(np.asarray(probabilities, np.float64).max(1), predicted == truth)
+        return replace(scores, reliability=calibration, values=values | {"calibration_error": calibration.error})
 
     def resampled(self, comparison: Comparison, run: Run, metric: str) -> Resampled | None:
         from scipy.sparse import csr_matrix
@@ -172,7 +184,7 @@ class Annotation(EvaluationProtocol):
             Figure(
                 plots.per_class_f1(comparison),
                 "F1 by type",
-                "Commonest type first, number of cells in brackets; mean over seeds, lines span the seeds.",
+                "Commonest type first, held-out cells in brackets; mean over seeds, lines span the seeds.",
             ),
             Figure(
                 plots.confusion(comparison, pair),
@@ -200,7 +212,11 @@ class Annotation(EvaluationProtocol):
     def caveats(self, comparison: Comparison) -> list[str]:
         said = []
         if comparison.excluded:
-            said.append(f"Not scored, because never held out: {', '.join(comparison.excluded)}.")
+            missing = ", ".join(comparison.excluded)
+            if len({split.test.tobytes() for split in comparison.splits}) == 1:
+                said.append(f"Not scored, because the test set has no such cell, only the training cells: {missing}.")
+            else:
+                said.append(f"Not scored, because never held out: {missing}.")
         rare = [name for name, n in zip(comparison.labels, comparison.support, strict=True) if n < 20]
         if rare:
             said.append(f"Fewer than 20 cells in all, so their F1 moves in large steps: {', '.join(rare)}.")

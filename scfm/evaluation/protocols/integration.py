@@ -164,7 +164,9 @@ class Integration(EvaluationProtocol):
         alone = [name for name in comparison.labels if len(set(batches[comparison.truth == name])) == 1]
         said = [
             "NMI and ARI are of the Leiden resolution that fits the types best, so tuned on the labels, for every "
-            "method alike; the k-means scores are not."
+            "method alike; the k-means scores are not.",
+            "Intervals are percentiles over resampled cells; embeddings, clusters and components stay. A cell that is "
+            "drawn twice makes no pair with itself (ARI, PCR), and entropies are corrected for it (NMI).",
         ]
         if "kbet" not in self.further:
             said.append("kBET is not among the scores: scib-metrics computes it (pip install 'scfm[eval]').")
