@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no shared data: set SCFM_SHARED to the folder that holds golden/ and data/")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def threads_as_asked() -> None:
+    """numba raises torch's number of threads, and processes that are forked then would wait for threads they lack."""
+    torch, asked = sys.modules.get("torch"), os.environ.get("OMP_NUM_THREADS", "")
+    if torch and asked.isdigit() and torch.get_num_threads() != int(asked):
+        torch.set_num_threads(int(asked))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
