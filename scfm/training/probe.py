@@ -19,7 +19,6 @@ from torch import nn
 from scfm.baselines.inputs import ExpressionRule, read_labels
 from scfm.data.hashing import overlap, store_hashes
 from scfm.errors import ScfmError
-from scfm.evaluation.asked import read_cells
 from scfm.evaluation.splits import stratified_split
 from scfm.pretrained import PretrainedModel
 from scfm.recipe import ProbeConfig
@@ -47,6 +46,8 @@ class Probe(L.Callback):
     """
 
     def __init__(self, config: ProbeConfig, job: Job, together: Together) -> None:
+        from scfm.evaluation.asked import read_cells
+
         adata = read_cells([config.data], config.label)
         self.together, self.seed = together, job.recipe.seed
         # what reads cells as the model does; the network itself comes with every validation
