@@ -32,7 +32,7 @@ across() { # NAME RECIPE REFERENCE QUERY SETTINGS: other training cells of the r
 integration() { # NAME FILE: batches of a file mixed
     if [ -e "$WORK/reports/$1/report.html" ]; then return; fi
     rm -rf "${WORK:?}/reports/$1"
-    scfm evaluate integration --model "$MODEL" --config $RECIPES/integration.yaml --data "$2" --batch batch --seeds 1 \
+    scfm evaluate integration --model "$MODEL" --config $RECIPES/integration.yaml --data "$2" --batch batch --seeds "$SEEDS" \
         --setting full,zero_shot --out "$WORK/reports/$1" | tee "$WORK/reports/$1.txt"
 }
 
