@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -39,12 +39,14 @@ from scfm.training.features import redraw_callbacks
 from scfm.training.guard import Guard
 from scfm.training.launch import build_trainer, own_port, set_up_blocks
 from scfm.training.module import FoundationModule
-from scfm.training.probe import Probe
 from scfm.training.run_log import RunLog
 from scfm.training.rundir import RunDirectory, open_run
 from scfm.training.saving import BackgroundCheckpoints, is_full
 from scfm.training.together import Together
 from scfm.training.wandb_run import wandb_loggers
+
+if TYPE_CHECKING:
+    from scfm.training.probe import Probe
 
 
 @dataclass
@@ -177,6 +179,8 @@ def fit(job: Job, run: RunDirectory) -> Path:
         ScfmError: the recipe cannot work, the run diverged, or there is no room for the model.
         RunStopped: the run was asked to stop and is saved, or one of its processes was lost.
     """
+    from scfm.training.probe import Probe
+
     log = RunLog(run.log)
     if run.is_finished:
         log.say(f"{run.path}: this run is finished, nothing is left to do; model: {run.model}")
