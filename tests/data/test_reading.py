@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -112,17 +113,20 @@ def test_batches_do_not_depend_on_how_cells_are_read(store: CellStore, kind: Any
 
 
 def test_no_more_than_two_stages_are_held(store: CellStore) -> None:
-    held, most = 0, 0
+    held, most, counting = 0, 0, Lock()  # a stage is loaded in a thread of its own, and released in another
 
     class Counting(RunReader):
         def load(self, rows: np.ndarray) -> Loaded:
             nonlocal held, most
-            held, most = held + 1, max(most, held + 1)
+            with counting:
+                held += 1
+                most = max(most, held)
             return super().load(rows)
 
         def release(self, loaded: Rows) -> None:
             nonlocal held
-            held -= 1
+            with counting:
+                held -= 1
             super().release(loaded)
 
     for _ in loader_of(store, reader=Counting(store), threads=2, prefetch=1).batches(0):
