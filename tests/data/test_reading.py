@@ -112,7 +112,9 @@ def test_batches_do_not_depend_on_how_cells_are_read(store: CellStore, kind: Any
             assert pack.cell_id.equal(other.cell_id)
 
 
-def test_no_more_than_two_stages_are_held(store: CellStore) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_stages_are_held(store: CellStore, threads: int) -> None:
+    """Two, and one more for each further thread: it may be ahead by a batch of the next stages."""
     held, most, counting = 0, 0, Lock()  # a stage is loaded in a thread of its own, and released in another
 
     class Counting(RunReader):
@@ -129,9 +131,10 @@ def test_no_more_than_two_stages_are_held(store: CellStore) -> None:
                 held -= 1
             super().release(loaded)
 
-    for _ in loader_of(store, reader=Counting(store), threads=2, prefetch=1).batches(0):
+    for _ in loader_of(store, reader=Counting(store), threads=threads, prefetch=1).batches(0):
         pass
-    assert (held, most) == (0, 2)
+    assert held == 0
+    assert 2 <= most <= 1 + threads
 
 
 def test_a_stage_is_read_once(store: CellStore, monkeypatch: pytest.MonkeyPatch) -> None:
