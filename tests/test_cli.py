@@ -138,9 +138,14 @@ def test_options_that_messages_name_exist() -> None:
             taken |= {f"--{name}" for name in signature(function(place)).parameters}
     others = {"page.py", "provenance.py"}  # style sheets and git have options of their own
     pages = [path for path in root.glob("scfm/**/*.py") if path.name not in others]
-    # what the page on launching says of scfm is looked at command by command in test_docs.py
-    docs = [path for path in root.glob("docs/**/*.md") if path.name != "launching.md"]
-    text = "\n".join(path.read_text() for path in [*pages, root / "README.md", *docs])
+    text = "\n".join(path.read_text() for path in [*pages, root / "README.md", *root.glob("docs/**/*.md")])
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w.-])", text))
-    launchers = {"--nproc-per-node", "--max-restarts", "--ntasks-per-node", "--signal", "--wait"}  # torchrun, SLURM
-    assert named - taken == ({"--version", "--parity"} | launchers) & named
+    torchrun = "--max-restarts --nproc-per-node"
+    slurm = (
+        "--account --cpus-per-task --exclude --export --gpus-per-task --gres --me --mem --nodes --ntasks-per-node --partition "
+        "--signal --time --wait"
+    )
+    containers = "--file --ipc --nv --rm --tag --user --volume"
+    pip = "--constraint --index-url"
+    others_options = " ".join([torchrun, slurm, containers, pip, "--version --parity"]).split()
+    assert named - taken == set(others_options)
