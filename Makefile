@@ -8,9 +8,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/scfm demo --out demo
 
-# Two processes of one thread each: most tests gain nothing from a second thread
+# Two processes of one thread each: most tests gain nothing from a second thread. A process that dies ends the run, and
+# so does a test that neither ends nor hears the signal of its time limit, with all its stacks: xdist would wait forever.
 test: $(VENV)/.installed-dev lint $(VENV)/peers
-	OMP_NUM_THREADS=1 SCFM_SCGPT="$(abspath $(VENV))/peers/scgpt" $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 SCFM_SCGPT="$(abspath $(VENV))/peers/scgpt" $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--max-worker-restart 0 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/golden --parity

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numba.core.caching
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from golden_values import all_values, faults, looked_at
+
+from scfm.compiled import FilePerSignature
+
+# The processes of the suite compile scanpy's and umap's loops at the same time too, in a fresh environment
+numba.core.caching.IndexDataCacheFile = FilePerSignature
 
 SHARED = Path(os.environ.get("SCFM_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -27,6 +35,13 @@ def threads_as_asked() -> None:
     torch, asked = sys.modules.get("torch"), os.environ.get("OMP_NUM_THREADS", "")
     if torch and asked.isdigit() and torch.get_num_threads() != int(asked):
         torch.set_num_threads(int(asked))
+
+
+@pytest.fixture(autouse=True)
+def crashes_are_told(request: pytest.FixtureRequest) -> None:
+    """After a fit Lightning gives signals their handlers back, but not those of faulthandler: a crash was silent."""
+    faulthandler.disable()
+    faulthandler.enable(request.config.stash[fault_handler_stderr_fd_key])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,16 +9,16 @@ below it. Source: Cui et al., "scGPT", Nature Methods 2024, and the released cod
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.random import below, draw32
 
 TABLE = 256
 """Counts below this are sorted by counting and binned by a table; most of a cell's counts are."""
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def bin_counts(
     offsets: NDArray[np.integer],
     counts: NDArray[np.unsignedinteger],
@@ -74,7 +74,7 @@ def bin_counts(
             out[t] = _search(float(row[t]), edges, spread_ties, streams[i], t)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def bin_reals(
     offsets: NDArray[np.integer],
     values: NDArray[np.floating],
@@ -107,7 +107,7 @@ def bin_reals(
                 out[order[t]] = lowest + below(draw32(streams[i], order[t]), highest - lowest + 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _ascending(row: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the places of the values in ascending order: a radix sort, a byte at a time from the lowest.
 
@@ -132,7 +132,7 @@ def _ascending(row: NDArray[np.float32]) -> NDArray[np.int64]:
     return order
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def edges_of_reals(ordered: NDArray[np.floating], quantiles: NDArray[np.float64], edges: NDArray[np.float64]) -> None:
     """Write the quantiles, (n_bins - 1,), of a cell's values in ascending order, as numpy.quantile gives them."""
     for j in range(len(quantiles)):
@@ -142,7 +142,7 @@ def edges_of_reals(ordered: NDArray[np.floating], quantiles: NDArray[np.float64]
         edges[j] = _interpolate(float(ordered[k]), float(after), rank - k)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _interpolate(low: float, high: float, weight: float) -> float:
     """Return the point between two values as numpy.quantile rounds it: from the nearer end."""
     step = high - low
@@ -151,7 +151,7 @@ def _interpolate(low: float, high: float, weight: float) -> float:
     return low + step * weight
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _search(value: float, edges: NDArray[np.float64], spread_ties: bool, stream: int, index: int) -> int:
     """Return the bin of a value: the highest it may take, or one drawn from all that it may take."""
     highest = int(np.searchsorted(edges, value, side="right"))
@@ -161,7 +161,7 @@ def _search(value: float, edges: NDArray[np.float64], spread_ties: bool, stream:
     return highest
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _bin_table(
     held: NDArray[np.int32],
     large: NDArray[np.int64],
@@ -195,7 +195,7 @@ def _bin_table(
             lowest[count] = min(lowest[count], passed)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _edges_of_counts(
     total: NDArray[np.int32],
     large: NDArray[np.int64],

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from scfm.compiled import compiled
 from scfm.data.store import CellBlock, ValueKind
 from scfm.errors import ScfmError
 
@@ -25,7 +26,7 @@ class Fault(IntEnum):
     FRACTION = 3
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _first_faults(values: NDArray) -> NDArray[np.int64]:
     first = np.full(4, -1)
     for at in range(len(values)):
@@ -61,7 +62,7 @@ BIT_OF = np.zeros(64, np.int64)
 BIT_OF[[((1 << bit) * int(DE_BRUIJN) >> 58) & 63 for bit in range(64)]] = np.arange(64)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _map_rows(
     indptr: NDArray,
     columns: NDArray,
@@ -153,7 +154,7 @@ def take_cells(block: CellBlock, rows: NDArray[np.int64]) -> CellBlock:
     return CellBlock(offsets, genes, values)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _copy_rows(
     starts: NDArray,
     genes: NDArray,

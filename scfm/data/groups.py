@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.rows import AllBut, SomeRows, rows_at
 from scfm.data.store import CellStore, Codes
 from scfm.errors import ScfmError
@@ -102,7 +102,7 @@ def _codes(codes: Codes, rows: SomeRows, first: int, last: int) -> NDArray[np.in
     return _but(codes[begin : end + 1], left_out - begin)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _but(codes: NDArray, left_out: NDArray[np.int64]) -> NDArray:
     kept, first = np.empty(len(codes) - len(left_out), codes.dtype), 0
     for i, last in enumerate(left_out):
@@ -112,7 +112,7 @@ def _but(codes: NDArray, left_out: NDArray[np.int64]) -> NDArray:
     return kept
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sort(codes: NDArray, by_group: NDArray[np.uint16], counts: NDArray[np.int32], firsts: NDArray[np.int32]) -> None:
     """Put the places of some cells in the order of their groups, within a group as they stand.
 
@@ -136,7 +136,7 @@ def _sort(codes: NDArray, by_group: NDArray[np.uint16], counts: NDArray[np.int32
         following[group] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _places(
     by_group: NDArray[np.uint16],
     before: NDArray[np.int32],

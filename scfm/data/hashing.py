@@ -9,16 +9,16 @@ import os
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.expression import take_cells
 from scfm.data.random import mix64
 from scfm.data.store import PART, CellStore
 from scfm.errors import ScfmError
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _hash_rows(
     offsets: NDArray[np.integer], genes: NDArray[np.unsignedinteger], bits: NDArray, keys: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:

@@ -10,9 +10,9 @@ Source: Yang et al., "scBERT", Nature Machine Intelligence 2022.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.expression import LARGEST_COUNT
 from scfm.data.store import CellStore
 from scfm.errors import ScfmError
@@ -50,7 +50,7 @@ def check_logarithms(store: CellStore) -> None:
         )
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def log2_of_counts(
     offsets: NDArray[np.integer],
     counts: NDArray[np.unsignedinteger],
@@ -84,7 +84,7 @@ def log2_of_counts(
                 out[t] += np.uint16(np.uint32(row[t]) >= edge)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def log2_of_reals(
     offsets: NDArray[np.integer],
     values: NDArray[np.floating],

@@ -5,15 +5,15 @@ from __future__ import annotations
 from math import ceil
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.random import RATIO, below, draw32, stream
 
 Scratch = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def streams_of(keys: NDArray[np.uint64], seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
     """Return the stream of draws of each cell, (n,), for a purpose."""
     streams = np.empty(len(keys), np.uint64)
@@ -22,7 +22,7 @@ def streams_of(keys: NDArray[np.uint64], seed: int, epoch: int, purpose: int) ->
     return streams
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def count_unknown(
     candidates: NDArray[np.int32],
     ratios: NDArray[np.float64],
@@ -40,14 +40,14 @@ def count_unknown(
     return unknown
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def scratch_of(most_genes: int, most_tokens: int) -> Scratch:
     """Return what the functions below work in: the chances of the genes of a cell, and the lists of its tokens."""
     lists = np.empty((2, most_tokens), np.uint32)
     return np.empty(most_genes, np.uint32), lists[0], lists[1]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def split(n: int, known: int, unknown: int, choice_stream: int, scratch: Scratch) -> None:
     """Draw which of n genes are known and which unknown, and list their places, ascending, in the last two of scratch.
 
@@ -71,7 +71,7 @@ def split(n: int, known: int, unknown: int, choice_stream: int, scratch: Scratch
         at_unknown += is_kept - is_known
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def keep(read: NDArray, kept: int, choice_stream: int, scratch: Scratch) -> int:
     """List the places of the genes that are kept, and return how many of them are expressed (their value is not 0)."""
     first = scratch[1]
@@ -86,7 +86,7 @@ def keep(read: NDArray, kept: int, choice_stream: int, scratch: Scratch) -> int:
     return expressed
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def split_expressed(
     read: NDArray, known: int, unknown: int, choice_stream: int, hidden_stream: int, scratch: Scratch
 ) -> None:
@@ -108,7 +108,7 @@ def split_expressed(
         at_unknown += is_unknown
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def show(values: NDArray, targets: NDArray, places: NDArray, shown: int, shown_stream: int) -> None:
     """Write the true value of some unknown genes, each drawn by its place in the cell, `shown` times in 2**32."""
     for j in range(len(values)):

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.store import CellBlock
 from scfm.errors import ScfmError
 
@@ -78,7 +78,7 @@ def pack(block: CellBlock) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     return starts, data
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _measure(offsets: NDArray, genes: NDArray, counts: NDArray, sizes: NDArray[np.int64]) -> int:
     """Write the bytes that each cell takes; return the first cell that cannot be packed, or -1."""
     for i in range(len(sizes)):
@@ -98,7 +98,7 @@ def _measure(offsets: NDArray, genes: NDArray, counts: NDArray, sizes: NDArray[n
     return -1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _put(number: int, data: NDArray[np.uint8], tail: int) -> int:
     """Write a number of 255 or more at `tail`; return where the next one goes."""
     word = min(number - BYTE, WORD)
@@ -111,7 +111,7 @@ def _put(number: int, data: NDArray[np.uint8], tail: int) -> int:
     return tail
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _encode(offsets: NDArray, genes: NDArray, counts: NDArray, starts: NDArray[np.int64], data: NDArray) -> None:
     for i in range(len(starts) - 1):
         row, row_counts = genes[offsets[i] : offsets[i + 1]], counts[offsets[i] : offsets[i + 1]]
@@ -130,7 +130,7 @@ def _encode(offsets: NDArray, genes: NDArray, counts: NDArray, starts: NDArray[n
                 tail = _put(int(row_counts[t]) - 1, cell, tail)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _take(cell: NDArray[np.uint8], tail: int) -> tuple[int, int]:
     """Read a number of 255 or more at `tail`; return it and where the next one is. Past the end there are zeros."""
     word = 0
@@ -147,7 +147,7 @@ def _take(cell: NDArray[np.uint8], tail: int) -> tuple[int, int]:
     return number, tail + 4
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _largest(numbers: NDArray[np.uint8]) -> np.uint8:
     largest = np.uint8(0)
     for number in numbers:
@@ -155,7 +155,7 @@ def _largest(numbers: NDArray[np.uint8]) -> np.uint8:
     return largest
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _decode(
     starts: NDArray[np.integer],
     data: NDArray[np.uint8],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.errors import ScfmError
 
 
@@ -55,7 +55,7 @@ def filled_length(lengths: NDArray[np.int32], plan: list[list[NDArray[np.int64]]
     return min(-(-max(largest, 1) // step) * step, tokens_per_pack)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _deal_greedily(
     lengths: NDArray[np.int32], longest_first: NDArray[np.int64], n_packs: int, tokens_per_pack: int
 ) -> tuple[NDArray[np.int64], bool]:
@@ -79,7 +79,7 @@ def _deal_greedily(
     return pack_of, False
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def positions_of(
     cu_seqlens: NDArray[np.int32], n_known: NDArray[np.int32], real: NDArray[np.bool_]
 ) -> NDArray[np.int64]:

@@ -8,8 +8,10 @@ batch, the number of threads or the number of processes. The mixing function is 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 from numpy.typing import NDArray
+
+from scfm.compiled import compiled
 
 RATIO, CHOICE, TIES, ROTATION, BLOCKS, WINDOWS, HIDDEN, SHOWN = range(8)
 """What a stream of draws is for: two purposes never share draws."""
@@ -19,7 +21,7 @@ LOW_HALF = np.uint64(0xFFFFFFFF)
 FEISTEL_ROUNDS = 8
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def mix64(x: int) -> int:
     """Map a 64-bit word to another, one to one, so that close inputs give unrelated outputs."""
     x = uint64(x)
@@ -28,7 +30,7 @@ def mix64(x: int) -> int:
     return x ^ (x >> uint64(31))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def stream(seed: int, epoch: int, key: int, purpose: int) -> int:
     """Return the start of a stream of draws: a 64-bit word that differs with any of the four."""
     word = mix64(uint64(seed) + GOLDEN)
@@ -37,20 +39,20 @@ def stream(seed: int, epoch: int, key: int, purpose: int) -> int:
     return mix64(word ^ mix64(uint64(key) + GOLDEN))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def draw32(start: int, index: int) -> int:
     """Return draw number `index` of a stream, uniform over 32-bit words."""
     word = mix64(uint64(start) + (uint64(index) >> uint64(1)) * GOLDEN)
     return (word >> ((uint64(index) & uint64(1)) << uint64(5))) & LOW_HALF
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def below(word: int, n: int) -> int:
     """Map a 32-bit draw to range(n), n below 2**31; no value is likelier than another by more than n / 2**32."""
     return int((uint64(word) * uint64(n)) >> uint64(32))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def feistel(x: int, n: int, key: int) -> int:
     """Return where a keyed permutation of range(n) sends x: a Feistel network that is walked until it falls below n."""
     bits = 2
@@ -70,7 +72,7 @@ def feistel(x: int, n: int, key: int) -> int:
             return int(word)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def permuted(positions: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
     """Return where a keyed permutation of range(n) sends each position, (m,) int64, without storing the permutation.
 

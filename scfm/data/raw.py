@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.ahead import Stages, groups_of
 from scfm.data.order import CellOrder
 from scfm.data.reading import Reader
@@ -61,7 +61,7 @@ def _in_order(cells: Rows, rows: NDArray[np.int64]) -> CellBlock:
     return CellBlock(offsets, genes, values)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _copy(
     offsets: NDArray[np.integer],
     genes: NDArray[np.unsignedinteger],

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.groups import Groups, shares_of
 from scfm.data.order import BLOCK, WINDOW, enough_cells
 from scfm.data.random import BLOCKS, ROTATION, WINDOWS, below, feistel, stream
@@ -164,12 +164,12 @@ class Sampling:
         return cls(groups, shares, key, said)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _uniform(seed: int, group: int) -> float:
     return (stream(seed, 0, group, WINDOWS) >> np.uint64(11)) / 2.0**53
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _draws_of_groups(total: int, shares: NDArray[np.float64], delays: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return how many of the first `total` draws fall to each group, (G,).
 
@@ -194,7 +194,7 @@ def _draws_of_groups(total: int, shares: NDArray[np.float64], delays: NDArray[np
     return counts
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _due(moment: float, shares: NDArray[np.float64], delays: NDArray[np.float64]) -> NDArray[np.int64]:
     counts = np.empty(len(shares), np.int64)
     for group in range(len(shares)):
@@ -202,7 +202,7 @@ def _due(moment: float, shares: NDArray[np.float64], delays: NDArray[np.float64]
     return counts
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _numbers(
     seed: int,
     window: int,

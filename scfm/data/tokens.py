@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.binning import bin_counts, bin_reals
 from scfm.data.log_binning import log2_of_counts, log2_of_reals
 from scfm.data.masking import (
@@ -220,7 +220,7 @@ def _room_for_bins(block: CellBlock, places: NDArray[np.int64]) -> tuple[NDArray
     return np.cumsum(sizes, dtype=np.int64) - sizes, np.empty(sizes.sum(), np.uint16)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _write_cell(
     ids: NDArray,
     read: NDArray,
@@ -258,7 +258,7 @@ def _write_cell(
         show(values, targets, second, shown, draws[2])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _write(
     offsets: NDArray,
     ids: NDArray,
@@ -293,7 +293,7 @@ def _write(
             _write_cell(row_ids, row, n_unknown[i], draws, specials, hiding, scratch, *to)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _spread(row_ids: NDArray, row: NDArray, place: NDArray, every_value: NDArray) -> None:
     """Write the values of a cell's expressed genes among zeros for all others."""
     every_value[:] = 0
@@ -301,7 +301,7 @@ def _spread(row_ids: NDArray, row: NDArray, place: NDArray, every_value: NDArray
         every_value[place[row_ids[t]]] = row[t]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_expressed(
     offsets: NDArray,
     ids: NDArray,

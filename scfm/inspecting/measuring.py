@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.hashing import load_hashes
 from scfm.data.random import mix64
 from scfm.data.store import PART, CellStore
@@ -226,7 +226,7 @@ def _sampled_places(store: CellStore, sample: int) -> Iterator[tuple[int, NDArra
             yield int(b), rows - store.first_rows[b]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_pairs(rows: NDArray[np.int64], columns: NDArray[np.int64], table: NDArray) -> None:
     """Add one to the table for each pair of row and column, neither of which is -1."""
     for i in range(len(rows)):
@@ -234,7 +234,7 @@ def _count_pairs(rows: NDArray[np.int64], columns: NDArray[np.int64], table: NDA
             table[rows[i], columns[i]] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_values(
     offsets: NDArray[np.integer],
     genes: NDArray[np.unsignedinteger],

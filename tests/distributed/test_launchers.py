@@ -117,9 +117,11 @@ def test_a_killed_run_leaves_no_process_and_no_port(shards: Path, tmp_path: Path
         port = free.getsockname()[1]
     run = os.fork()
     if run == 0:
-        os.environ["MASTER_PORT"] = str(port)
-        pretrain(recipe)
-        os._exit(0)
+        try:
+            os.environ["MASTER_PORT"] = str(port)
+            pretrain(recipe)
+        finally:
+            os._exit(0)  # a copy of pytest must not go on with the tests
     children: list[int] = []
     try:
         log = tmp_path / "run" / "log.txt"

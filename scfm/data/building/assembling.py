@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 from numpy.typing import NDArray
 
+from scfm.compiled import compiled
 from scfm.data.building.directory import read_json, write_json, written
 from scfm.data.building.duplicates import read_duplicates
 from scfm.data.building.plan import Plan, read_plan
@@ -109,7 +109,7 @@ def _batch(file: Path, bucket: int) -> pa.RecordBatch:
     return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(bucket)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _pour(
     starts: NDArray,
     offsets: NDArray[np.int64],
