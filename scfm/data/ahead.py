@@ -21,11 +21,11 @@ def groups_of(order: Order, start: int) -> Iterator[range]:
     """Yield the global batches from `start` on in groups of about 512 cells that lie in the same stages."""
     most = max(1, TOGETHER // order.cells_per_batch)
     while start < len(order):
-        last = start + 1
-        while last < min(start + most, len(order)) and order.stages_of(last) == order.stages_of(start):
-            last += 1
-        yield range(start, last)
-        start = last
+        stages, end = order.stages_of(start), min(start + most, len(order))
+        if order.stages_of(end - 1) != stages:
+            end = next(k for k in range(start + 1, end) if order.stages_of(k) != stages)
+        yield range(start, end)
+        start = end
 
 
 class Stages:

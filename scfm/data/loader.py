@@ -106,9 +106,9 @@ class PackLoader:
                     ks, group = ahead.popleft()
                     batches = group.result()
                     self.wait_seconds += time.perf_counter() - before
-                    for k, packs in zip(ks, batches, strict=True):
-                        if stages is not None:
-                            stages.delivered(k)
+                    if stages is not None:
+                        stages.delivered(ks[-1])
+                    for packs in batches:
                         fill_up()
                         yield packs
             finally:
@@ -124,10 +124,11 @@ class PackLoader:
     def _prepare(self, epoch: int, ks: range, stages: Stages | None) -> list[list[PackedBatch]]:
         """Return this rank's packs of some global batches, whose cells all come from the same stages."""
         store = self.store if stages is None else stages.of(ks.start)
-        drawn = [self.order.drawn(epoch, k) for k in ks]
-        rows_of = [rows for rows, _ in drawn]
-        rows = np.concatenate(rows_of)
-        keys = np.concatenate([keys for _, keys in drawn]) if self.keys is None else self.keys[rows]
+        rows, keys = self.order.drawn(epoch, ks)
+        if self.keys is not None:
+            keys = self.keys[rows]
+        each = self.order.cells_per_batch
+        rows_of = [rows[first : first + each] for first in range(0, len(rows), each)]
         lengths, n_unknown = self.tokeniser.plan(store, rows, keys, epoch)
 
         # The cells of all packs in a row, -1 for a pseudo-cell; every pack is a slice of the arrays over them.

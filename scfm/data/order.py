@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +25,11 @@ class Order(Protocol):
 
     def __len__(self) -> int: ...
 
-    def drawn(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Return the store rows of global batch k of an epoch, and the keys of their random draws, (n,)."""
+    def drawn(self, epoch: int, ks: range) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return the store rows of some global batches in a row, and the keys of their random draws, (n,).
+
+        All batches have `cells_per_batch` cells, but the last of an epoch may have fewer.
+        """
 
     def stages_of(self, k: int) -> range:
         """Return the stages that hold the cells of global batch k."""
@@ -73,7 +77,7 @@ class CellOrder:
         if self.shuffle:
             enough_cells(len(self.rows), self.cells_per_batch)
 
-    @property
+    @cached_property
     def cells_per_stage(self) -> int:
         """How many positions of an epoch are read together: a window, or unshuffled as many whole batches."""
         window = self.block * self.window
@@ -108,17 +112,20 @@ class CellOrder:
 
     def batch(self, epoch: int, k: int) -> NDArray[np.int64]:
         """Return the store rows of global batch k of an epoch, (cells_per_batch,) int64; IndexError past the end."""
-        if not 0 <= k < len(self):
-            raise IndexError(f"batch {k} of an epoch of {len(self)}")
-        first = k * self.cells_per_batch
-        positions = np.arange(first, min(first + self.cells_per_batch, len(self.rows)), dtype=np.int64)
+        return self.drawn(epoch, range(k, k + 1))[0]
+
+    def drawn(self, epoch: int, ks: range) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return the store rows of some global batches in a row, and the keys of their random draws: the rows.
+
+        Raises IndexError past the end.
+        """
+        if not 0 <= ks.start < ks.stop <= len(self):
+            raise IndexError(f"batch {ks[-1] if ks else ks.start} of an epoch of {len(self)}")
+        first, last = ks.start * self.cells_per_batch, min(ks.stop * self.cells_per_batch, len(self.rows))
+        positions = np.arange(first, last, dtype=np.int64)
         if self.shuffle:
             positions = self._shuffled(epoch, positions)
-        return rows_at(self.rows, positions)
-
-    def drawn(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Return the store rows of global batch k of an epoch, and the keys of their random draws: the rows."""
-        rows = self.batch(epoch, k)
+        rows = rows_at(self.rows, positions)
         return rows, rows.astype(np.uint64)
 
     def _shuffled(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:

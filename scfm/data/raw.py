@@ -29,15 +29,13 @@ def raw_batches(
     stages = None if reader is None else Stages(order, epoch, reader)
     try:
         for ks in groups_of(order, start):
-            batches = [order.batch(epoch, k) for k in ks]
-            rows = np.concatenate(batches)
+            rows, _ = order.drawn(epoch, ks)
             cells = _in_order(store if stages is None else stages.of(ks.start), rows)
-            at = 0
-            for k, batch in zip(ks, batches, strict=True):
-                if stages is not None:
-                    stages.delivered(k)
+            if stages is not None:
+                stages.delivered(ks[-1])
+            for at in range(0, len(rows), order.cells_per_batch):
+                batch = rows[at : at + order.cells_per_batch]
                 yield batch, cells.between(at, at + len(batch))
-                at += len(batch)
     finally:
         if stages is not None:
             stages.close()
@@ -45,15 +43,14 @@ def raw_batches(
 
 def _in_order(cells: Rows, rows: NDArray[np.int64]) -> CellBlock:
     """Return cells of any blocks as one block, in the order of `rows`."""
-    sizes = cells.n_genes(rows)
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
     parts = list(cells.parts(rows))
     if len(parts) == 1:
         block, mine, places = parts[0]
         in_turn = np.arange(block.n_cells)
         if np.array_equal(mine, in_turn) and np.array_equal(places, in_turn):  # packed cells are decoded so
             return block
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(cells.n_genes(rows), out=offsets[1:])
     genes = np.empty(offsets[-1], np.result_type(*(block.genes.dtype for block, _, _ in parts)))
     values = np.empty(offsets[-1], np.result_type(*(block.values.dtype for block, _, _ in parts)))
     for block, mine, places in parts:

@@ -59,16 +59,18 @@ class SampledOrder:
 
     def batch(self, epoch: int, k: int) -> NDArray[np.int64]:
         """Return the store rows of global batch k of an epoch, (cells_per_batch,) int64; IndexError past the end."""
-        return self.drawn(epoch, k)[0]
+        return self.drawn(epoch, range(k, k + 1))[0]
 
-    def drawn(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Return the store rows of global batch k of an epoch, and the keys of their random draws, (cells_per_batch,).
+    def drawn(self, epoch: int, ks: range) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return the store rows of some global batches in a row, and the keys of their random draws.
 
         A cell that comes again has another key, and so other genes and another mask. Raises IndexError past the end.
         """
-        if not 0 <= k < len(self):
-            raise IndexError(f"batch {k} of an epoch of {len(self)}")
-        return self._drawn(epoch, k // self._batches_per_stage, k, k + 1)
+        if not 0 <= ks.start < ks.stop <= len(self):
+            raise IndexError(f"batch {ks[-1] if ks else ks.start} of an epoch of {len(self)}")
+        batches = [self._drawn(epoch, k // self._batches_per_stage, k, k + 1) for k in ks]  # by group within a batch
+        rows, keys = zip(*batches, strict=True)
+        return np.concatenate(rows), np.concatenate(keys)
 
     def stages_of(self, k: int) -> range:
         """Return the stages that hold the cells of global batch k; `rows_of_stage` says which rows these are."""

@@ -39,6 +39,15 @@ def test_a_batch_depends_on_nothing_but_seed_epoch_and_number() -> None:
         assert CellOrder(range(1000), 32, seed=5, block=4, window=8).batch(2, k).tolist() == expected[k].tolist()
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ks", [range(3), range(1), range(5, 40), range(28, 40)])
+def test_batches_drawn_together_are_those_drawn_apart(shuffle: bool, ks: range) -> None:
+    order = CellOrder(range(990), 32, seed=5, block=4, window=20, shuffle=shuffle)
+    ks = range(ks.start, min(ks.stop, len(order)))
+    rows, keys = order.drawn(2, ks)
+    assert rows.tolist() == np.concatenate([order.batch(2, k) for k in ks]).tolist() == keys.tolist()
+
+
 def test_epochs_and_seeds_differ() -> None:
     order = CellOrder(range(1000), 100, seed=0)
     first = order.batch(0, 0).tolist()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from scfm.data import ahead
 from scfm.data.groups import NO_VALUE, Groups, shares_of
 from scfm.data.rows import AllBut, SomeRows
 from scfm.data.sampling import SampledOrder, Sampling, _draws_of_groups
@@ -103,7 +104,7 @@ def test_an_order_for_any_groups(sizes: list[int], power: float, seed: int, most
     for epoch in range(epochs):
         before = read.copy()
         for k in range(len(order)):
-            rows, keys = order.drawn(epoch, k)
+            rows, keys = order.drawn(epoch, range(k, k + 1))
             assert len(rows) == len(keys) == size
             np.add.at(read, rows, 1)
         for group, members in enumerate(sizes):
@@ -147,12 +148,20 @@ def test_a_batch_is_nearer_to_the_shares_than_chance() -> None:
 
 def test_a_cell_that_comes_again_has_other_draws() -> None:
     order = order_of([600, 30], power=0, most=10.0)
-    keys = np.concatenate([order.drawn(0, k)[1] for k in range(len(order))])
+    keys = np.concatenate([order.drawn(0, range(k, k + 1))[1] for k in range(len(order))])
     rows = np.concatenate([order.batch(0, k) for k in range(len(order))])
     assert len(np.unique(rows)) < len(rows)
     assert len(np.unique(keys)) == len(keys)
     first = keys < 2**40
     np.testing.assert_array_equal(keys[first], rows[first])
+
+
+def test_batches_drawn_together_are_those_drawn_apart() -> None:
+    order = order_of([1500, 600, 55], block=4, window=60)
+    for ks in ahead.groups_of(order, 1):
+        apart = [order.drawn(2, range(k, k + 1)) for k in ks]
+        for together, alone in zip(order.drawn(2, ks), zip(*apart, strict=True), strict=True):
+            np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
 def test_a_batch_depends_on_nothing_but_seed_epoch_and_number() -> None:
