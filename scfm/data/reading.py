@@ -24,7 +24,7 @@ from scfm.data.store import Block, CellBlock, CellStore, Rows
 from scfm.errors import ScfmError
 
 IN_FLIGHT = 4  # reads at a time
-HOLE = 32  # cells that are read although nobody wants them, rather than read what is before and behind them apart
+HOLE = 8  # cells that are read although nobody wants them, rather than read what is before and behind them apart
 
 Runs = NDArray[np.int64]  # (n, 3): block, first place in it, place after the last; by block
 Job = tuple[Path, int, memoryview]  # file, first byte, where the bytes go
