@@ -47,10 +47,22 @@ SECTIONS: dict[str, type] = {
 def bundled(name: str) -> Path:
     """Return the path of a recipe that comes with scfm, e.g. `pretrain/quickstart.yaml`."""
     path = BUNDLED / name
-    if not path.is_file():
-        there = sorted(str(p.relative_to(BUNDLED)) for p in BUNDLED.rglob("*.yaml"))
-        raise ScfmError(f"recipe {name!r}: does not come with scfm, which has {', '.join(there)}")
+    assert path.is_file(), path
     return path
+
+
+def recipe_file(name: str) -> Path:
+    """Return a recipe's file: that of this path, else the one that comes with scfm under this name.
+
+    Names are as in a checkout (`recipes/pretrain/quickstart.yaml`). Raises ScfmError for neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    own = {str("recipes" / path.relative_to(BUNDLED)): path for path in sorted(BUNDLED.rglob("*.yaml"))}
+    for known, path in own.items():
+        if name in (known, known.removeprefix("recipes/")):
+            return path
+    raise ScfmError(f"{name}: there is no such recipe file; those that come with scfm are {', '.join(own)}")
 
 
 def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, base: Recipe | None = None) -> Recipe:
@@ -103,7 +115,7 @@ def parse_recipe(
 
     parser = parser_on(Recipe())
     try:
-        given, arguments = taken(arguments, in_place)
+        given, arguments = taken(with_files(arguments), in_place)
         first = parse(parser)
         if first["from"]:
             from scfm.checkpoints.native import read_model
@@ -115,6 +127,17 @@ def parse_recipe(
         return parsed(parser, lambda: parse(parser), program), options
     except ArgumentError as error:
         raise ScfmError(f"{program}: {error}") from error
+
+
+def with_files(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the file of every recipe that `--config` names."""
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument.startswith("--config="):
+            found[i] = f"--config={recipe_file(argument.removeprefix('--config='))}"
+        elif argument == "--config" and i + 1 < len(found):
+            found[i + 1] = str(recipe_file(found[i + 1]))
+    return found
 
 
 def taken(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -144,7 +167,8 @@ def recipe_parser(base: Recipe, **options: Any) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, **options)
-    parser.add_argument("--config", action="config", help="Recipe file (YAML); options after it override its keys.")
+    config = "Recipe file (YAML), or one that comes with scfm; options after it override its keys."
+    parser.add_argument("--config", action="config", help=config)
     parser.add_argument("--seed", type=int, default=base.seed, help="Key of every random draw.")
     parser.add_argument("--out", type=str, default=base.out, help="Run directory.")
     for section, kind in SECTIONS.items():

@@ -58,6 +58,29 @@ def test_the_command_line_wins_over_the_file() -> None:
 
 
 @pytest.mark.parametrize(
+    "asked", [["--config", "recipes/pretrain/quickstart.yaml"], ["--config=pretrain/quickstart.yaml"]]
+)
+def test_recipes_that_come_with_scfm_are_found_in_any_folder(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batch() -> int:
+        recipe, _ = parse_recipe(asked, "scfm pretrain", "", function(VERBS["pretrain"][0]))
+        return recipe.data.cells_per_batch
+
+    monkeypatch.chdir(tmp_path)
+    assert batch() == 16
+    own = tmp_path / asked[-1].removeprefix("--config=")
+    own.parent.mkdir(parents=True)
+    own.write_text("data: {cells_per_batch: 99}\n")  # a file that is there comes first
+    assert batch() == 99
+    own.rename(tmp_path / "another.yaml")
+    with pytest.raises(
+        ScfmError, match=r"mine\.yaml: there is no such recipe file; those that come with scfm are recipes/"
+    ):
+        parse_recipe(["--config", "mine.yaml"], "scfm pretrain", "", function(VERBS["pretrain"][0]))
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"data": {"max_gens": 3}}, "max_gens"),

@@ -59,7 +59,7 @@ def evaluate(
         orthologs: Table of orthologs, where the cells are of two organisms: all are given genes of the model's.
         novel: Types withheld from training, by name: held-out cells of them are right where called `Unassigned`.
         setting: How models are used, separated by commas; of a task's settings the first if not given.
-        config: fine-tuning recipe; the bundled one of the task if not given.
+        config: fine-tuning recipe, a file or one that comes with scfm; that of the task if not given.
         seeds: How often everything is repeated; one seed says nothing of the spread.
         curve: For annotation, a learning curve too: with so many training cells of each type, 1 5 10 50.
         strict: Refuse models that were trained on held-out cells, or do not say what they were trained on.
@@ -69,7 +69,7 @@ def evaluate(
     from scfm.data.hashing import store_hashes
     from scfm.data.orthologs import Orthologs
     from scfm.pretrained import load
-    from scfm.recipe_reader import read_yaml
+    from scfm.recipe_reader import read_yaml, recipe_file
 
     protocol = protocol_of(task, bool(novel))
     if seeds < 1:
@@ -110,7 +110,7 @@ def evaluate(
 
     if curve and protocol.transductive:
         raise ScfmError(f"--curve: {task} learns from no labels, so it has no learning curve")
-    sections = read_yaml(Path(config)) if config else {}
+    sections = read_yaml(recipe_file(config)) if config else {}
     settings = setting.split(",") if setting else list(protocol.settings[:1])
     methods: list[Method] = []
     controls: list[tuple[Method, Kind]] = []

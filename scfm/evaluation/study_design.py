@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scfm.errors import ScfmError
 from scfm.recipe import Recipe
 from scfm.recipe_check import check
-from scfm.recipe_reader import bundled, like, merged, read_recipe, read_yaml
+from scfm.recipe_reader import like, merged, read_recipe, read_yaml, recipe_file
 
 if TYPE_CHECKING:
     from scfm.checkpoints.native import ModelFiles
@@ -100,11 +100,6 @@ class Configuration:
     levels: tuple[int, ...]
     recipe: Recipe
     reason: str | None = None
-
-
-def recipe_file(name: str) -> Path:
-    """Return a recipe's file: that of this path, else the bundled one of this name. Raises ScfmError for neither."""
-    return Path(name) if Path(name).is_file() else bundled(name)
 
 
 def read_study(path: Path) -> StudyRecipe:
