@@ -108,6 +108,17 @@ def ended(process: int) -> bool:
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+def free_again(port: int) -> bool:
+    """Whether nobody listens at a port; connections to it may take minutes to fade."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent has ended")
 def test_a_killed_run_leaves_no_process_and_no_port(shards: Path, tmp_path: Path) -> None:
     two = {"devices": 2, "strategy": "ddp_fork", "max_steps": 100_000, "log_every_n_steps": 1}
@@ -138,9 +149,9 @@ def test_a_killed_run_leaves_no_process_and_no_port(shards: Path, tmp_path: Path
         while not all(ended(child) for child in children) and time.monotonic() < end:
             time.sleep(0.02)
         assert all(ended(child) for child in children)
-        with socket.socket() as again:  # connections may take minutes to fade, a listener would not let go
-            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            again.bind(("127.0.0.1", port))
+        while not free_again(port) and time.monotonic() < end:  # other threads of a process end after its first
+            time.sleep(0.02)
+        assert free_again(port)
     finally:
         for process in (run, *children):
             if not ended(process):
