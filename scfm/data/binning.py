@@ -16,6 +16,7 @@ from scfm.data.random import below, draw32
 
 TABLE = 256
 """Counts below this are sorted by counting and binned by a table; most of a cell's counts are."""
+LARGE = np.uint16(TABLE)  # unsigned, or numba takes every index for one that may be negative
 
 
 @compiled
@@ -46,7 +47,7 @@ def bin_counts(
     large, large_at = np.empty(longest, np.int64), np.empty(longest, np.int64)
     draws = np.empty(longest, np.uint32)  # drawn before they are used, in a loop that vectorises
     # the last entry stands for all large counts, whose bins are found one by one
-    lowest, highest = np.zeros(TABLE + 1, np.int32), np.zeros(TABLE + 1, np.int32)
+    lowest, highest = np.zeros(TABLE + 1, np.uint16), np.zeros(TABLE + 1, np.uint16)
     for i in range(len(rows)):
         row = counts[offsets[rows[i]] : offsets[rows[i] + 1]]
         if len(row) == 0:
@@ -65,11 +66,12 @@ def bin_counts(
             for t in range(len(row)):
                 draws[t] = draw32(streams[i], t)
             for t in range(len(row)):
-                entry = min(row[t], TABLE)
-                out[t] = lowest[entry] + below(draws[t], highest[entry] - lowest[entry] + 1)
+                entry = min(row[t], LARGE)
+                low, high = int(lowest[entry]), int(highest[entry])
+                out[t] = low + below(draws[t], high - low + 1)
         else:
             for t in range(len(row)):
-                out[t] = highest[min(row[t], TABLE)]
+                out[t] = highest[min(row[t], LARGE)]
         for t in large_at[:n_large]:
             out[t] = _search(float(row[t]), edges, spread_ties, streams[i], t)
 
@@ -168,31 +170,35 @@ def _bin_table(
     n: int,
     quantiles: NDArray[np.float64],
     edges: NDArray[np.float64],
-    lowest: NDArray[np.int32],
-    highest: NDArray[np.int32],
+    lowest: NDArray[np.uint16],
+    highest: NDArray[np.uint16],
 ) -> None:
-    """Write the edges of a cell, and the lowest and highest bin of every count below TABLE that it holds.
+    """Write the edges of a cell, and the lowest and highest bin that every count below TABLE may take.
 
     Args:
-        held: (4, TABLE) how often each small count was seen, in four parts.
+        held: (4, TABLE) how often each small count was seen, in four parts; summed in place.
         large: the counts from TABLE on; sorted in place.
         n: number of counts.
         quantiles, edges: (n_bins - 1,).
         lowest, highest: (TABLE + 1,).
     """
-    total = held[0] + held[1] + held[2] + held[3]
+    total = held[0]
+    for count in range(TABLE):
+        total[count] += held[1, count] + held[2, count] + held[3, count]
     large.sort()
     _edges_of_counts(total, large, n, quantiles, edges)
-    passed = 0
+    lowest[:], highest[:] = 0, 0
+    for edge in edges:
+        if edge < TABLE:  # it is below the counts from `whole + 1` on, and at or below those from `up` on
+            whole = int(edge)
+            up = whole + int(whole < edge)
+            lowest[whole + 1] += 1
+            highest[up] += 1
+    below_it, at_most = 1, 0
     for count in range(TABLE):
-        if total[count]:
-            while passed < len(edges) and edges[passed] < count:
-                passed += 1
-            lowest[count] = passed + 1
-            while passed < len(edges) and edges[passed] <= count:
-                passed += 1
-            highest[count] = passed
-            lowest[count] = min(lowest[count], passed)
+        below_it += lowest[count]
+        at_most += highest[count]
+        lowest[count], highest[count] = min(below_it, at_most), at_most
 
 
 @compiled

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -172,17 +173,20 @@ class PackLoader:
             name: np.where(real, codes[rows[cells]], 0).astype(np.int64) for name, codes in self.cell_conditions.items()
         }
         unknown_of = np.add.reduceat(n_unknown, np.cumsum([0, *map(len, rows_of[:-1])]), dtype=np.int64)
+        bounds = np.cumsum([0, *map(len, seats)]).tolist()
+        length, hidden = np.where(real, sizes, 0), np.where(real, n_unknown[cells], 0)
+        counted = np.stack([length, real, hidden, length * (length - hidden) + hidden, np.square(length)])
+        sizes_of = np.add.reduceat(counted, bounds[:-1], axis=1).T.tolist()
+        ends = np.append(0, ends)
         prepared: list[list[PackedBatch]] = [[] for _ in ks]
-        first = 0
-        for seat, i in zip(seats, batch_of, strict=True):
-            inside = slice(first, first + len(seat))
-            tokens = slice(starts[first], ends[inside.stop - 1])
-            boundaries = np.append(starts[inside], tokens.stop) - tokens.start
+        for i, (first, last), sizes_of_pack in zip(batch_of, pairwise(bounds), sizes_of, strict=True):
+            inside, tokens = slice(first, last), slice(ends[first], ends[last])
+            cu_seqlens = (ends[first : last + 1] - tokens.start).astype(np.int32)
             batch = PackedBatch(
                 genes=torch.from_numpy(genes[tokens]),
                 values=torch.from_numpy(values[tokens]),
                 targets=torch.from_numpy(targets[tokens]) if hides else None,
-                cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
+                cu_seqlens=torch.from_numpy(cu_seqlens),
                 n_known=torch.from_numpy(n_known[inside]),
                 cell_id=torch.from_numpy(cell_id[inside]),
                 gene_conditions=_as_tensors(self.tokeniser.conditions_of(genes[tokens])),
@@ -192,13 +196,10 @@ class PackLoader:
                 longest=self.tokeniser.longest,
                 levels=None if levels is None else torch.from_numpy(levels),
             )
-            batch.predicted = torch.from_numpy(positions_of(batch.cu_seqlens.numpy(), n_known[inside], real[inside]))
+            batch.predicted = torch.from_numpy(positions_of(cu_seqlens, n_known[inside], real[inside]))
             batch.real_positions = torch.from_numpy(np.flatnonzero(real[inside]))
-            length, hidden = sizes[inside][real[inside]], n_unknown[seat[seat >= 0]].astype(np.int64)
-            pairs = int((length * (length - hidden) + hidden).sum()), int(np.square(length).sum())
-            batch.sizes = Sizes(int(length.sum()), len(length), int(hidden.sum()), *pairs)
+            batch.sizes = Sizes(*sizes_of_pack)
             prepared[i].append(batch.pin_memory() if self.pin_memory else batch)
-            first = inside.stop
         return prepared
 
     def _rooms(self, tokens: int, size: int) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from math import ceil
 
 import numpy as np
+from numba import uint64
 from numpy.typing import NDArray
 
 from scfm.compiled import compiled
-from scfm.data.random import RATIO, below, draw32, stream
+from scfm.data.random import GOLDEN, LOW_HALF, RATIO, below, draw32, mix64, stream
 
 Scratch = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
 
@@ -44,7 +45,17 @@ def count_unknown(
 def scratch_of(most_genes: int, most_tokens: int) -> Scratch:
     """Return what the functions below work in: the chances of the genes of a cell, and the lists of its tokens."""
     lists = np.empty((2, most_tokens), np.uint32)
-    return np.empty(most_genes, np.uint32), lists[0], lists[1]
+    return np.empty(most_genes + 1, np.uint32), lists[0], lists[1]
+
+
+@compiled
+def _draw(n: int, choice_stream: int, chances: NDArray[np.uint32]) -> None:
+    """Write a draw from range(n - t) at place t, two from each word of the stream, as `draw32` numbers them."""
+    start = uint64(choice_stream)
+    for pair in range((n + 1) // 2):
+        word, left = mix64(start + uint64(pair) * GOLDEN), uint64(n - 2 * pair)
+        chances[2 * pair] = ((word & LOW_HALF) * left) >> uint64(32)
+        chances[2 * pair + 1] = ((word >> uint64(32)) * (left - uint64(1))) >> uint64(32)
 
 
 @compiled
@@ -57,13 +68,13 @@ def split(n: int, known: int, unknown: int, choice_stream: int, scratch: Scratch
     the time; so a list needs one element of slack.
     """
     chances, first, second = scratch
+    _draw(n, choice_stream, chances)
+    # unsigned, or numba takes every index for one that may be negative
+    room_known, room = uint64(known), uint64(known + unknown)
+    at_known, at_unknown = uint64(0), uint64(0)
     for t in range(n):
-        chances[t] = below(draw32(choice_stream, t), n - t)
-    room_known, room = known, known + unknown
-    at_known, at_unknown = 0, 0
-    for t in range(n):
-        chance = int(chances[t])
-        is_known, is_kept = int(chance < room_known), int(chance < room)
+        chance = uint64(chances[t])
+        is_known, is_kept = uint64(chance < room_known), uint64(chance < room)
         first[at_known], second[at_unknown] = t, t
         room_known -= is_known
         room -= is_kept

@@ -89,10 +89,12 @@ def positions_of(
         if real[cell]:
             total += cu_seqlens[cell + 1] - cu_seqlens[cell] - n_known[cell]
     positions = np.empty(total, np.int64)
-    i = 0
+    written = 0
     for cell in range(len(real)):
         if real[cell]:
-            for position in range(cu_seqlens[cell] + n_known[cell], cu_seqlens[cell + 1]):
-                positions[i] = position
-                i += 1
+            first = np.int64(cu_seqlens[cell] + n_known[cell])
+            mine = positions[written : written + cu_seqlens[cell + 1] - first]
+            for i in range(len(mine)):
+                mine[i] = first + i
+            written += len(mine)
     return positions

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -226,8 +227,9 @@ class CellStore:
     def _by_block(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
         block_of, places = self.locate(rows)
         order = np.argsort(block_of, kind="stable")
-        ends = np.flatnonzero(np.diff(block_of[order])) + 1
-        for cells in np.split(order, ends) if len(rows) else []:
+        cuts = (np.flatnonzero(np.diff(block_of[order])) + 1).tolist()
+        for begin, end in pairwise([0, *cuts, len(rows)] if len(rows) else []):
+            cells = order[begin:end]
             yield int(block_of[cells[0]]), cells, places[cells]
 
 
