@@ -19,6 +19,7 @@ from scfm.data.store import CellBlock
 from scfm.errors import ScfmError
 
 BYTE, WORD = 255, 65535  # what stands for a number that does not fit
+STRETCH = 128  # counts among which a large one is looked for at once
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def _decode(
     """Decode cell places[i] to offsets[i] on; return the first i whose bytes are no cell, or -1.
 
     Whether any gap is larger than a byte is asked first, in a loop that vectorises, and so is the one that copies all
-    counts: few cells have large gaps, and the loop for the others then needs no branch.
+    counts: few cells have large gaps, and the loop for the others then needs no branch. Large counts are rare too, and
+    looked for a stretch at a time.
     """
     for i in range(len(places)):
         first, last = int(starts[places[i]]), int(starts[places[i] + 1])
@@ -192,11 +194,12 @@ def _decode(
                 ids[t] = gene
         for t in range(n):
             counts[t] = int(less[t]) + 1
-        if tail < len(cell):
-            for t in range(n):
-                if less[t] == BYTE:
-                    number, tail = _take(cell, tail)
-                    counts[t] = number + 1
+        for begin in range(0, n if tail < len(cell) else 0, STRETCH):
+            if _largest(less[begin : begin + STRETCH]) == BYTE:
+                for t in range(begin, min(begin + STRETCH, n)):
+                    if less[t] == BYTE:
+                        number, tail = _take(cell, tail)
+                        counts[t] = number + 1
         if tail != len(cell) or gene >= n_genes:
             return i
     return -1
