@@ -136,7 +136,7 @@ def trained(
 
 def pretraining(recipe: Recipe) -> Job:
     assert recipe.data.shards is not None
-    return pretraining_job(recipe, open_shards(Path(recipe.data.shards)), shuffled=True)
+    return pretraining_job(recipe, open_shards(Path(recipe.data.shards)))
 
 
 def largest_difference(a: Weights, b: Weights) -> float:

@@ -63,4 +63,4 @@ def synthetic_store(cells: int, genes: int, vocabulary: int, obs: Sequence[str] 
         blocks.append(CellBlock(block.offsets[: rest + 1], block.genes[:end], block.values[:end]))
     names = [f"category {i}" for i in range(CATEGORIES)]
     columns = {name: ObsColumn(generator.integers(0, CATEGORIES, cells), names) for name in obs}
-    return CellStore(synthetic_vocabulary(vocabulary), "counts", blocks, columns)
+    return CellStore(synthetic_vocabulary(vocabulary), "counts", blocks, columns, shuffled=True)

@@ -114,7 +114,7 @@ def model_of(recipe: Recipe, cells: int, genes: int, vocabulary: int) -> tuple[P
     if recipe.data.gene_conditions:
         raise ScfmError("data.gene_conditions: names real genes, which synthetic cells do not have; give a model, from")
     store = synthetic_store(cells, genes, vocabulary, recipe.cell_conditions)
-    job = pretraining_job(recipe, store, shuffled=True)
+    job = pretraining_job(recipe, store)
     return PretrainedModel(job.network, job.files, "fresh"), store
 
 

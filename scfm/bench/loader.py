@@ -15,7 +15,7 @@ from scfm.bench.cells import synthetic_block, synthetic_vocabulary
 from scfm.bench.report import at_least_one, device_name, of_rates, publish
 from scfm.data.access import ReadMode, choose
 from scfm.data.loader import PackLoader
-from scfm.data.order import CellOrder
+from scfm.data.order import CellOrder, mixing_of
 from scfm.data.shards import Codec, ShardWriter, open_shards
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
@@ -105,7 +105,7 @@ def bench_loader(
         mean_genes = _write_shards(Path(folder), cells, genes, vocabulary, codec)
         store = open_shards(folder)
         tokeniser = Tokeniser(tokens, store.vocabulary, store.value_kind)
-        order = CellOrder(range(store.n_cells), cells_per_batch, seed=0)
+        order = CellOrder(range(store.n_cells), cells_per_batch, 0, True, *mixing_of(shuffled=True))  # drawn at random
         reader = choose(store, access).reader
         packs_of = PackLoader(store, order, tokeniser, tokens_per_pack=tokens_per_pack, reader=reader, threads=threads)
         n_read = len(order) * cells_per_batch

@@ -70,8 +70,7 @@ def bench_train(
     at_least_one(steps=steps, repeats=repeats, warmup=warmup, genes=genes, vocabulary=vocabulary)
     check(recipe)
     recipe = endless(recipe, warmup + steps * repeats)
-    store, shuffled = cells_of(recipe, genes, vocabulary)
-    job = pretraining_job(recipe, store, shuffled=shuffled)
+    job = pretraining_job(recipe, cells_of(recipe, genes, vocabulary))
     job.valid_rows = range(0)
     module, data = modules_of(job)
     throughput = Throughput()
@@ -110,20 +109,18 @@ def endless(recipe: Recipe, steps: int) -> Recipe:
     return replace(recipe, trainer=trainer, objectives=objectives, data=replace(recipe.data, valid_fraction=0.0))
 
 
-def cells_of(recipe: Recipe, genes: int, vocabulary: int) -> tuple[CellStore, bool]:
-    """Return the cells of a recipe, or synthetic ones for all its steps, and whether they stand in random order."""
+def cells_of(recipe: Recipe, genes: int, vocabulary: int) -> CellStore:
+    """Return the cells of a recipe, or synthetic ones for all its steps."""
     data = recipe.data
     if data.shards is not None:
-        from pathlib import Path
+        from scfm.data.shards import open_shards
 
-        from scfm.data.shards import open_shards, read_manifest
-
-        return open_shards(data.shards), read_manifest(Path(data.shards)).get("shuffled", False)
+        return open_shards(data.shards)
     if data.gene_conditions:
         raise ScfmError("data.gene_conditions: names real genes, which synthetic cells do not have; give data.shards")
     # an epoch that ends would drain the loader; batches prepared ahead are beyond the last step
     batches = recipe.trainer.max_steps + data.prefetch
-    return synthetic_store(batches * data.cells_per_batch, genes, vocabulary, recipe.cell_conditions), True
+    return synthetic_store(batches * data.cells_per_batch, genes, vocabulary, recipe.cell_conditions)
 
 
 class Windows(L.Callback):

@@ -24,6 +24,7 @@ from scfm.data.store import Block, CellBlock, CellStore, Rows
 from scfm.errors import ScfmError
 
 IN_FLIGHT = 4  # reads at a time
+ASKED = 2**17  # bytes that the kernel is asked to fetch at a time: of more it may fetch the beginning alone
 HOLE = 8  # cells that are read although nobody wants them, rather than read what is before and behind them apart
 
 Runs = NDArray[np.int64]  # (n, 3): block, first place in it, place after the last; by block
@@ -113,7 +114,8 @@ class MapReader:
             for _, first, last in runs:
                 for array, start in zip(arrays, file.starts, strict=True):
                     at, n_bytes = _span(index, array, start, first, last)
-                    os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
+                    for piece in range(at, at + n_bytes, ASKED):
+                        os.posix_fadvise(descriptor, piece, min(ASKED, at + n_bytes - piece), os.POSIX_FADV_WILLNEED)
             os.close(descriptor)
         return self.store
 

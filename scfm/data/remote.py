@@ -63,7 +63,8 @@ class ShardDirectory:
             )
             for name, categories in manifest["obs"].items()
         }
-        return CellStore(vocabulary, manifest["value_kind"], blocks, obs)
+        shuffled = manifest.get("shuffled", False)
+        return CellStore(vocabulary, manifest["value_kind"], blocks, obs, shuffled=shuffled)
 
 
 def find_shards(location: str, cache: str | None = None, cache_gb: float = 100.0) -> ShardDirectory:

@@ -272,6 +272,7 @@ def open_shards(directory: str | Path, skip_damaged: bool = False) -> CellStore:
         },
         files=[file for _, file, _ in mapped],
         lost=lost,
+        shuffled=manifest.get("shuffled", False),
     )
 
 

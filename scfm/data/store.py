@@ -174,6 +174,7 @@ class CellStore:
         cell_names: (N,) obs names where known.
         files: where each block lies, if the blocks are mapped files.
         lost: rows that exist in name only, for their shard is damaged and the caller wished to go on without it.
+        shuffled: whether the rows stand in random order, so that neighbours are a fair sample of all.
     """
 
     vocabulary: Vocabulary
@@ -183,6 +184,7 @@ class CellStore:
     cell_names: NDArray[np.object_] | None = None
     files: Sequence[InFile] = ()
     lost: Sequence[Lost] = ()
+    shuffled: bool = False
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ import torch
 from scfm.data.access import choose
 from scfm.data.batch import PackedBatch
 from scfm.data.loader import PackLoader
-from scfm.data.order import CellOrder, Order
+from scfm.data.order import CellOrder, Order, mixing_of
 from scfm.data.rows import SomeRows
 from scfm.data.sampling import SampledOrder, Sampling
 from scfm.data.store import CellStore, Codes
@@ -59,6 +59,7 @@ class CellDataModule(L.LightningDataModule):
         self.pack_place = ""  # the device whose memory `auto` was measured on
         self.pack_loaders: list[PackLoader] = []
         self.access = choose(store, config.read)
+        self.mixing = mixing_of(store.shuffled)
         self.sampling: Sampling | None = None
         if config.sample_by:
             how = (config.sample_by, config.sample_power, config.sample_weights, config.sample_repeats)
@@ -72,7 +73,7 @@ class CellDataModule(L.LightningDataModule):
     def pack_loader(self, rows: SomeRows, *, shuffle: bool, rank: int, world_size: int) -> PackLoader:
         """Return a loader over some rows, as one rank of several sees it; training rows come shuffled and sampled."""
         size = self.config.cells_per_batch
-        order: Order = CellOrder(rows, size, self.seed, shuffle=shuffle, region=self.access.region)
+        order: Order = CellOrder(rows, size, self.seed, shuffle, *self.mixing, self.access.region)
         if self.sampling and shuffle:
             order = SampledOrder(self.sampling.groups, self.sampling.shares, size, self.seed)
         packs = PackLoader(
@@ -94,7 +95,7 @@ class CellDataModule(L.LightningDataModule):
 
     def trial_pack(self, n_cells: int) -> PackedBatch:
         """Return one pack of so many training cells, to measure a step by."""
-        order = CellOrder(self.train_rows, n_cells, self.seed, region=self.access.region)
+        order = CellOrder(self.train_rows, n_cells, self.seed, True, *self.mixing, self.access.region)
         packs = PackLoader(
             self.store,
             order,
@@ -143,7 +144,7 @@ class CellDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
         for name, now in self.identity().items():
-            before = state_dict[name]
+            before = state_dict.get(name, "not said")
             if before != now:
                 was, is_ = (f"{value:,}" if isinstance(value, int) else value for value in (before, now))
                 raise ScfmError(
@@ -158,6 +159,7 @@ class CellDataModule(L.LightningDataModule):
         return {
             "sampling": self.sampling.key if self.sampling else "of all cells alike",
             "seed": self.seed,
+            "cells read together": self.mixing.block,
             "training cells": len(self.train_rows),
             "data.cells_per_batch": self.config.cells_per_batch,
         }

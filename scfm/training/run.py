@@ -96,8 +96,7 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     shards = find_shards(recipe.data.shards, recipe.data.cache, recipe.data.cache_gb)
     manifest, store = shards.manifest, shards.open(recipe.data.skip_damaged)
     held_out = manifest.get("held_out")
-    shuffled, n_held_out = manifest.get("shuffled", False), held_out["cells"] if held_out else 0
-    job = pretraining_job(recipe, store, shuffled=shuffled, held_out=n_held_out)
+    job = pretraining_job(recipe, store, held_out=held_out["cells"] if held_out else 0)
     if held_out:
         job.notes.append(held_out_note(held_out, len(job.valid_rows)))
     job.files.training_data = {"stage": "pretraining", "manifest": manifest}
@@ -107,13 +106,12 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Path:
     return fit(job, open_run(recipe, resume))
 
 
-def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_out: int = 0) -> Job:
+def pretraining_job(recipe: Recipe, store: CellStore, *, held_out: int = 0) -> Job:
     """Return a fresh model of a recipe, its objectives, and which cells of a store it trains on.
 
     Args:
         recipe: the run.
         store: the cells.
-        shuffled: whether they stand in random order.
         held_out: how many cells at the end were held out when the shards were built.
 
     Raises:
@@ -150,7 +148,7 @@ def pretraining_job(recipe: Recipe, store: CellStore, *, shuffled: bool, held_ou
             f"damaged shards ({store.lost[0].why}); copy them again, or build the shards again"
         )
     train_rows, valid_rows = hold_out(
-        len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=shuffled, held_out=held
+        len(rows), recipe.data.valid_fraction, recipe.seed, shuffled=store.shuffled, held_out=held
     )
     if len(lost):
         valid_rows = rows_at(rows, np.asarray(valid_rows, np.int64))

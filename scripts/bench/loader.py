@@ -9,8 +9,9 @@ row that says why.
 
 Cold means: before the process starts, every file of its data was written back and dropped from the page cache by
 posix_fadvise(DONTNEED), which needs no rights; what was read from the disk is printed beside it. A hypervisor may cache
-all the same. Rates are cells per second of the wall, and of CPU time over all threads; on a shared machine believe the
-latter. Ratios are those of medians.
+all the same. Rates are cells per second of the wall, and of CPU time over all threads; medians of the rounds. The speed
+of a shared machine changes within minutes, so what is compared runs close together, a loader warm and cold one after
+the other and those of one group in a row, and ratios are medians of the rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def sides(folder: Path, annbatch: str | None, scgpt: str | None, cells: int) -> 
     of_annbatch = ("annbatch_side.py", "raw", at)
     of_scgpt = ("scgpt_side.py", "tokens", at, scgpt or "", "0", few)
     return [
-        Side("scfm tokens, map", "tokens", here, (ours, "tokens", at, "map", "32", some), "shards", True),
-        Side("scfm tokens, read", "tokens", here, (ours, "tokens", at, "read", "32", some), "shards", True),
+        Side("scfm tokens, map", "tokens", here, (ours, "tokens", at, "map", "default", some), "shards", True),
+        Side("scfm tokens, read", "tokens", here, (ours, "tokens", at, "read", "default", some), "shards", True),
         Side("scGPT pipeline", "tokens", here if scgpt else None, of_scgpt, "scgpt"),
-        Side("scfm raw, map", "raw", here, (ours, "raw", at, "map", "32", some), "shards", True),
-        Side("scfm raw, read", "raw", here, (ours, "raw", at, "read", "32", some), "shards", True),
+        Side("scfm raw, map", "raw", here, (ours, "raw", at, "map", "default", some), "shards", True),
+        Side("scfm raw, read", "raw", here, (ours, "raw", at, "read", "default", some), "shards", True),
         Side("annbatch uint16, chunks of 512", "raw", annbatch, (*of_annbatch, "512", some), "annbatch.zarr"),
         Side("annbatch uint16, chunks of 64", "raw", annbatch, (*of_annbatch, "64", some), "annbatch.zarr"),
-        Side("scfm raw, true random, read", "random", here, (ours, "raw", at, "read", "1", some), "shards", True),
+        Side("scfm raw, true random, read", "random", here, (ours, "raw", at, "read", "1x4096", some), "shards", True),
         Side("annbatch uint16, chunks of 1", "random", annbatch, (*of_annbatch, "1", few), "annbatch.zarr"),
         Side("AnnData backed, gzipped", "random", here, ("backed_side.py", "raw", at, fewer), ""),
     ]
@@ -124,44 +125,56 @@ def compare(found: list[Side], folder: Path, rounds: int) -> list[dict[str, Any]
     """Run all sides in turns, in another order each round, warm and cold, and return a row for each."""
     results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     shuffled = random.Random(0)
+    groups = sorted({side.group for side in found})
     for turn in range(rounds + 1):
-        each = [(side, cold) for side in found if side.python for cold in (False, True)]
-        for side, cold in shuffled.sample(each, len(each)):
-            if turn == 0 and (cold or not side.ours):
-                continue  # the first round, of few cells, only compiles what is not compiled yet
-            (drop_from_cache if cold else warm)(folder / side.data if side.data else folder)
-            command = (*side.command[:-1], "2000") if turn == 0 else side.command
-            result = run(side.python or "", command)
-            if turn or "failed" in result:
-                results.setdefault((side.name, cold), []).append(result)
-            print(turn, side.name, "cold" if cold else "warm", json.dumps(result), file=sys.stderr, flush=True)
-    rows = []
-    for side in found:
-        for cold in (False, True):
-            row: dict[str, Any] = {"loader": side.name, "group": side.group, "ours": side.ours, "cold": cold}
-            some = results.get((side.name, cold), [])
-            if not side.python or any("failed" in one for one in some):
-                row["missing"] = next((one["failed"] for one in some if "failed" in one), "not installed")
-            elif some:
-                row |= {
-                    "cells_per_second": significant(median(one["cells"] / one["wall"] for one in some)),
-                    "cells_per_cpu_second": significant(median(one["cells"] / one["cpu"] for one in some)),
-                    "open_seconds": significant(median(one["open"] for one in some), 2),
-                    "private_mb": round(median(one["private_bytes"] for one in some) / 1e6),
-                    "kb_read_per_cell": significant(median(one["bytes_read"] / one["cells"] for one in some) / 1e3, 3),
-                    "load": [round(one["load"], 1) for one in some],
-                    "runs": len(some),
-                    "versions": some[0]["versions"],
-                }
-            rows.append(row)
-    for row in rows:
-        beside = (row["group"], row["cold"])
-        peers = [peer for peer in rows if not peer["ours"] and (peer["group"], peer["cold"]) == beside]
-        for rate in ("cells_per_second", "cells_per_cpu_second"):
-            best = max((peer[rate] for peer in peers if rate in peer), default=None)
-            if row["ours"] and best and rate in row:
-                row[f"{rate}_to_best_peer"] = significant(row[rate] / best, 3)
-    return rows
+        for group in shuffled.sample(groups, len(groups)):
+            beside = [side for side in found if side.group == group and side.python]
+            for side in shuffled.sample(beside, len(beside)):
+                for cold in shuffled.sample((False, True), 2):
+                    if turn == 0 and (cold or not side.ours):
+                        continue  # the first round, of few cells, only compiles what is not compiled yet
+                    (drop_from_cache if cold else warm)(folder / side.data if side.data else folder)
+                    command = (*side.command[:-1], "2000") if turn == 0 else side.command
+                    result = run(side.python or "", command)
+                    if turn or "failed" in result:
+                        results.setdefault((side.name, cold), []).append(result)
+                    print(turn, side.name, "cold" if cold else "warm", json.dumps(result), file=sys.stderr, flush=True)
+    return [row_of(side, cold, results, found) for side in found for cold in (False, True)]
+
+
+def row_of(
+    side: Side, cold: bool, results: dict[tuple[str, bool], list[dict[str, Any]]], found: list[Side]
+) -> dict[str, Any]:
+    """Return what the rounds of a loader amount to, beside the best peer of its group, and cold beside warm."""
+    row: dict[str, Any] = {"loader": side.name, "group": side.group, "ours": side.ours, "cold": cold}
+    some = results.get((side.name, cold), [])
+    if not side.python or any("failed" in one for one in some):
+        return row | {"missing": next((one["failed"] for one in some if "failed" in one), "not installed")}
+    row |= {
+        "open_seconds": significant(median(one["open"] for one in some), 2),
+        "private_mb": round(median(one["private_bytes"] for one in some) / 1e6),
+        "kb_read_per_cell": significant(median(one["bytes_read"] / one["cells"] for one in some) / 1e3, 3),
+        "load": [round(one["load"], 1) for one in some],
+        "runs": len(some),
+        "versions": some[0]["versions"],
+    }
+    peers = [results.get((peer.name, cold), []) for peer in found if peer.group == side.group and not peer.ours]
+    peers = [rounds for rounds in peers if rounds and not any("failed" in one for one in rounds)]
+    warm_ones = results.get((side.name, False), [])
+    for rate, seconds in (("cells_per_second", "wall"), ("cells_per_cpu_second", "cpu")):
+        rates = [one["cells"] / one[seconds] for one in some]
+        row[rate] = significant(median(rates))
+        row[f"{rate}_of_rounds"] = [significant(one) for one in rates]
+        if side.ours and peers:
+            best = [max(one["cells"] / one[seconds] for one in round_of) for round_of in zip(*peers, strict=True)]
+            row[f"{rate}_to_best_peer"] = _ratio(rates, best)
+        if cold and not any("failed" in one for one in warm_ones):
+            row[f"{rate}_to_warm"] = _ratio(rates, [one["cells"] / one[seconds] for one in warm_ones])
+    return row
+
+
+def _ratio(rates: list[float], beside: list[float]) -> float:
+    return significant(median(one / other for one, other in zip(rates, beside, strict=True)), 3)
 
 
 def bytes_per_cell(folder: Path) -> dict[str, float]:
@@ -183,8 +196,8 @@ def bytes_per_cell(folder: Path) -> dict[str, float]:
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    heads = ["loader", "cache", "cells/s", "per CPU second", "to the best peer: wall", "CPU", "private MB",
-             "KB read a cell", "load"]  # fmt: skip
+    heads = ["loader", "cache", "cells/s", "per CPU second", "to the best peer: wall", "CPU", "to warm: wall", "CPU",
+             "private MB", "KB read a cell", "load"]  # fmt: skip
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
         line = [row["loader"], "cold" if row["cold"] else "warm"]
@@ -193,7 +206,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         elif "runs" in row:
             rates = ("cells_per_second", "cells_per_cpu_second")
             line += [f"{row[rate]:,.0f}" for rate in rates]
-            line += [str(row.get(f"{rate}_to_best_peer", "")) for rate in rates]
+            line += [str(row.get(f"{rate}_to_{other}", "")) for other in ("best_peer", "warm") for rate in rates]
             line += [str(row["private_mb"]), str(row["kb_read_per_cell"])]
             line.append(f"{min(row['load'])} to {max(row['load'])}")
         lines.append(line + [""] * (len(heads) - len(line)))

@@ -20,7 +20,7 @@ from scfm.training.run import modules_of, pretraining_job
 def data(tmp_path_factory: pytest.TempPathFactory) -> CellDataModule:
     shards: Path = write_shards(tmp_path_factory.mktemp("cells") / "shards")
     recipe = scbert_recipe(shards, shards, data={"valid_fraction": 0.3})
-    return modules_of(pretraining_job(recipe, open_shards(shards), shuffled=True))[1]
+    return modules_of(pretraining_job(recipe, open_shards(shards)))[1]
 
 
 def rows_of(data: CellDataModule, *, training: bool) -> list[tuple[int, int, list[tuple[int, int]]]]:

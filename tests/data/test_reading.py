@@ -15,8 +15,8 @@ from scfm.data import access
 from scfm.data.access import choose
 from scfm.data.ahead import Stages
 from scfm.data.loader import PackLoader
-from scfm.data.order import CellOrder
-from scfm.data.reading import Loaded, MapReader, RunReader
+from scfm.data.order import CellOrder, mixing_of
+from scfm.data.reading import Loaded, MapReader, RunReader, _runs
 from scfm.data.shards import Codec, ShardWriter, open_shards
 from scfm.data.store import CellStore, Rows
 from scfm.data.tokens import TokenConfig, Tokeniser
@@ -68,6 +68,22 @@ def test_rows_that_are_read_are_those_that_are_mapped(store: CellStore, picked: 
     mixed = np.random.default_rng(1).permutation(rows)
     assert cells_of(loaded, mixed) == cells_of(store, mixed)
     assert loaded.n_genes(mixed).tolist() == store.n_genes(mixed).tolist()
+
+
+def test_shuffled_shards_are_read_in_fewer_and_larger_runs(tmp_path: Path) -> None:
+    """Their neighbours are a fair sample; as many cells are held at a time."""
+    runs: dict[bool, int] = {}
+    for shuffled in (False, True):
+        (tmp_path / str(shuffled)).mkdir()
+        writer = ShardWriter(tmp_path / str(shuffled), synthetic_vocabulary(100), "counts")
+        writer.write(synthetic_block(np.random.default_rng(0), 60_000, 3, 100), {})
+        writer.finish(shuffled=shuffled)
+        store = open_shards(tmp_path / str(shuffled))
+        order = CellOrder(range(store.n_cells), 64, 0, True, *mixing_of(store.shuffled))
+        assert order.cells_per_stage == 16_384
+        runs[shuffled] = len(_runs(store, order.rows_of_stage(0, 1)))
+    assert runs[True] <= 65
+    assert runs[False] > 300
 
 
 def test_a_row_that_was_not_loaded_is_an_error(store: CellStore) -> None:

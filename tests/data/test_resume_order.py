@@ -12,6 +12,7 @@ import pytest
 
 from scfm.bench.cells import synthetic_block, synthetic_vocabulary
 from scfm.data.batch import PackedBatch
+from scfm.data.order import CellOrder
 from scfm.data.shards import ShardWriter, open_shards
 from scfm.data.store import CellStore
 from scfm.data.tokens import TokenConfig, Tokeniser
@@ -116,6 +117,19 @@ def test_cells_that_come_again_in_an_epoch_are_masked_anew(
     assert max(seen.values()) == 1
     rows = {row for row, *_ in seen}
     assert (len(rows) < len(seen)) == (config is SAMPLED)
+
+
+def test_cells_that_were_read_in_other_blocks_cannot_resume(store: CellStore) -> None:
+    """Shuffled shards are read in larger blocks: that is another order of the same cells."""
+    state, shuffled = module(store, PLAIN).state_dict(), module(replace(store, shuffled=True), PLAIN)
+    order = shuffled.train_dataloader().packs.order
+    assert isinstance(order, CellOrder)
+    assert (order.block, order.window) == (256, 64)
+    with pytest.raises(ScfmError, match="trained with cells read together 32, this run has 256"):
+        shuffled.load_state_dict(state)
+    older = {name: value for name, value in state.items() if name != "cells read together"}
+    with pytest.raises(ScfmError, match="trained with cells read together not said, this run has 32"):
+        module(store, PLAIN).load_state_dict(older)
 
 
 @pytest.mark.parametrize("other", [PLAIN, replace(SAMPLED, sample_power=0.5), replace(SAMPLED, sample_repeats=2.0)])

@@ -147,7 +147,7 @@ def test_a_run_with_a_gradient_scaler_counts_its_skips_too(
 ) -> None:
     spoil(monkeypatch, bad)
     recipe, guard = guarded(shards, Path("unused")), guard_of()
-    module, data = modules_of(pretraining_job(recipe, open_shards(shards), shuffled=True), guard)
+    module, data = modules_of(pretraining_job(recipe, open_shards(shards)), guard)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

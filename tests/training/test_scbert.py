@@ -80,7 +80,7 @@ def test_a_run_learns_and_shows_its_baselines(shards: Path, tmp_path: Path) -> N
     assert rows[60, "train/masked_bin"] < 0.9 * rows[20, "train/masked_bin"]
     assert 0 < rows[60, "valid/masked_bin_accuracy"] < 1
     store = open_shards(shards)
-    _, data = modules_of(pretraining_job(recipe, store, shuffled=True))
+    _, data = modules_of(pretraining_job(recipe, store))
     expected = majority_bin_accuracies(data, 13)
     assert {name: rows[0, name] for name in expected} == expected
     guess = f"guess the most frequent bin, accuracy | {rows[0, 'baseline_accuracy/most frequent bin']:.4g}"
@@ -183,7 +183,7 @@ class Projections(L.Callback):
 
 
 def watched(recipe: Recipe) -> Projections:
-    job = pretraining_job(recipe, open_shards(Path(str(recipe.data.shards))), shuffled=True)
+    job = pretraining_job(recipe, open_shards(Path(str(recipe.data.shards))))
     module, data = modules_of(job)
     seen = Projections()
     options = {"logger": False, "enable_checkpointing": False}
@@ -219,7 +219,7 @@ def test_features_are_drawn_every_so_many_optimizer_steps(shards: Path, tmp_path
     ids=str,
 )
 def test_nothing_is_drawn_where_nothing_is_due(shards: Path, tmp_path: Path, model: dict[str, Any]) -> None:
-    job = pretraining_job(scbert_recipe(shards, tmp_path, model=model), open_shards(shards), shuffled=True)
+    job = pretraining_job(scbert_recipe(shards, tmp_path, model=model), open_shards(shards))
     assert redraw_callbacks(job.network, 0) == []
 
 

@@ -1,6 +1,6 @@
 """scfm: packed training batches, or raw cells, from a shard directory.
 
-scfm_side.py build FOLDER | WHAT FOLDER map|read BLOCK CELLS, WHAT being tokens or raw
+scfm_side.py build FOLDER | WHAT FOLDER map|read BLOCKxWINDOW CELLS, WHAT being tokens or raw
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def build(folder: Path) -> None:
     print(json.dumps({"cpu": took.ru_utime + took.ru_stime, "peak_bytes": 1024 * took.ru_maxrss}))
 
 
-def deliver(what: str, folder: Path, mode: str, block: int, cells: int) -> None:
+def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None:
     """Deliver batches of 64: with one thread that makes tokens, and those that read ahead.
 
-    A block of 32 cells is the default, whose cells mix in windows of 512 blocks; a block of 1 is true random order,
-    in windows of 4,096.
+    Cells mix as they do by default, or within windows of so many blocks of so many cells; blocks of 1 are true random
+    order.
     """
     import numpy as np
 
     from scfm.bench.cells import synthetic_block, synthetic_vocabulary
     from scfm.data.access import choose
     from scfm.data.loader import PackLoader
-    from scfm.data.order import CellOrder
+    from scfm.data.order import CellOrder, mixing_of
     from scfm.data.raw import raw_batches
     from scfm.data.shards import ShardWriter, open_shards
     from scfm.data.tokens import TokenConfig, Tokeniser
 
     def batches_of(shards: Path) -> Iterator[int]:
         store = open_shards(shards)
-        how = {} if block > 1 else {"block": 1, "window": 4096}
-        order = CellOrder(range(store.n_cells), BATCH, seed=0, **how)
+        block, window = mixing_of(store.shuffled) if mixing == "default" else map(int, mixing.split("x"))
+        order = CellOrder(range(store.n_cells), BATCH, seed=0, block=block, window=window)
         reader = choose(store, mode).reader
         if what == "raw":
             return (cells.n_cells for _, cells in raw_batches(store, order, 0, reader))
@@ -68,4 +68,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "build":
         build(Path(sys.argv[2]))
     else:
-        deliver(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        deliver(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
