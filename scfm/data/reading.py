@@ -24,7 +24,7 @@ from scfm.data.store import Block, CellBlock, CellStore, Rows
 from scfm.errors import ScfmError
 
 IN_FLIGHT = 4  # reads at a time
-ASKED = 2**17  # bytes that the kernel is asked to fetch at a time: of more it may fetch the beginning alone
+ASKED = 2**19  # bytes that the kernel is asked to fetch at a time: of more it may fetch the beginning alone
 HOLE = 8  # cells that are read although nobody wants them, rather than read what is before and behind them apart
 
 Runs = NDArray[np.int64]  # (n, 3): block, first place in it, place after the last; by block
