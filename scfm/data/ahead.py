@@ -1,10 +1,12 @@
-"""Reads ahead: the cells of a stage of the order come into memory while those of the stage before are used."""
+"""Works ahead: cells of a stage of the order come into memory, and batches are made, while those before are used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from scfm.data.reading import Reader, Several
 from scfm.data.store import Rows
 
 Part = tuple[NDArray[np.int64], Rows]
+Made = TypeVar("Made")
 TOGETHER = 512  # cells that are prepared at once; the calls for a small batch alone take longer than its cells
 
 
@@ -26,6 +29,35 @@ def groups_of(order: Order, start: int) -> Iterator[range]:
             end = next(k for k in range(start + 1, end) if order.stages_of(k) != stages)
         yield range(start, end)
         start = end
+
+
+def made_ahead(
+    groups: Iterator[range], make: Callable[[range], Made], threads: int, batches: int
+) -> Generator[tuple[range, Made], None, None]:
+    """Yield each group of global batches and what is made of it, in order, made on threads before it is asked for.
+
+    At least so many batches are made ahead, and a group on every thread. Closing the generator ends the threads; an
+    error in one is raised here.
+    """
+    ahead: deque[tuple[range, Future[Made]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="scfm-loader") as pool:
+
+        def fill_up() -> None:
+            while len(ahead) < threads or sum(len(ks) for ks, _ in ahead) < batches:
+                if (ks := next(groups, None)) is None:
+                    return
+                ahead.append((ks, pool.submit(make, ks)))
+
+        try:
+            fill_up()
+            while ahead:
+                ks, made = ahead.popleft()
+                result = made.result()
+                fill_up()
+                yield ks, result
+        finally:
+            for _, unwanted in ahead:
+                unwanted.cancel()
 
 
 class Stages:

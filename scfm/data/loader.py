@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scfm.data.ahead import Stages, groups_of
+from scfm.data.ahead import Stages, groups_of, made_ahead
 from scfm.data.batch import PackedBatch, Sizes
 from scfm.data.log_binning import check_logarithms
 from scfm.data.order import Order
@@ -89,34 +87,21 @@ class PackLoader:
 
         Closing the iterator ends its threads; an error in a thread is raised here.
         """
-        groups = groups_of(self.order, start)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="scfm-loader") as pool:
-            stages = None if self.reader is None else Stages(self.order, epoch, self.reader)
-            ahead: deque[tuple[range, Future[list[list[PackedBatch]]]]] = deque()
-
-            def fill_up() -> None:
-                while len(ahead) < self.threads or sum(len(ks) for ks, _ in ahead) < self.prefetch:
-                    if (ks := next(groups, None)) is None:
-                        return
-                    ahead.append((ks, pool.submit(self._prepare, epoch, ks, stages)))
-
-            try:
-                fill_up()
-                while ahead:
-                    before = time.perf_counter()
-                    ks, group = ahead.popleft()
-                    batches = group.result()
-                    self.wait_seconds += time.perf_counter() - before
-                    if stages is not None:
-                        stages.delivered(ks[-1])
-                    for packs in batches:
-                        fill_up()
-                        yield packs
-            finally:
-                for _, unwanted in ahead:
-                    unwanted.cancel()
+        stages = None if self.reader is None else Stages(self.order, epoch, self.reader)
+        groups, threads = groups_of(self.order, start), self.threads
+        made = made_ahead(groups, lambda ks: self._prepare(epoch, ks, stages), threads, self.prefetch)
+        try:
+            before = time.perf_counter()
+            for ks, batches in made:
+                self.wait_seconds += time.perf_counter() - before
                 if stages is not None:
-                    stages.close()
+                    stages.delivered(ks[-1])
+                yield from batches
+                before = time.perf_counter()
+        finally:
+            made.close()
+            if stages is not None:
+                stages.close()
 
     def prepare(self, epoch: int, k: int) -> list[PackedBatch]:
         """Return this rank's packs of global batch k of an epoch."""

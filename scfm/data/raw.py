@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.compiled import compiled
-from scfm.data.ahead import Stages, groups_of
+from scfm.data.ahead import Stages, groups_of, made_ahead
 from scfm.data.order import CellOrder
 from scfm.data.reading import Reader
 from scfm.data.store import CellBlock, CellStore, Rows
 
 
 def raw_batches(
-    store: CellStore, order: CellOrder, epoch: int, reader: Reader | None = None, start: int = 0
+    store: CellStore, order: CellOrder, epoch: int, reader: Reader | None = None, start: int = 0, threads: int = 1
 ) -> Generator[tuple[NDArray[np.int64], CellBlock], None, None]:
     """Yield global batch `start`, `start + 1`, ... of an epoch: its store rows, (n,), and these cells in that order.
 
@@ -25,18 +25,24 @@ def raw_batches(
         epoch: of the order.
         reader: how cells that lie in files come into memory; None reads the store where it is.
         start: number of the first batch.
+        threads: threads that decode cells, ahead of those that are used.
     """
     stages = None if reader is None else Stages(order, epoch, reader)
+
+    def decoded(ks: range) -> tuple[NDArray[np.int64], CellBlock]:
+        rows, _ = order.drawn(epoch, ks)
+        return rows, _in_order(store if stages is None else stages.of(ks.start), rows)
+
+    made = made_ahead(groups_of(order, start), decoded, threads, batches=1)
     try:
-        for ks in groups_of(order, start):
-            rows, _ = order.drawn(epoch, ks)
-            cells = _in_order(store if stages is None else stages.of(ks.start), rows)
+        for ks, (rows, cells) in made:
             if stages is not None:
                 stages.delivered(ks[-1])
             for at in range(0, len(rows), order.cells_per_batch):
                 batch = rows[at : at + order.cells_per_batch]
                 yield batch, cells.between(at, at + len(batch))
     finally:
+        made.close()
         if stages is not None:
             stages.close()
 

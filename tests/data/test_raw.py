@@ -25,8 +25,10 @@ def cell(block: CellBlock, i: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("codec", ["list", "packed"])
 @pytest.mark.parametrize("reader", [None, MapReader, RunReader])
-@pytest.mark.parametrize("start", [0, 7])
-def test_all_cells_come_in_the_order_of_the_batches(tmp_path: Path, codec: Any, reader: Any, start: int) -> None:
+@pytest.mark.parametrize(("start", "threads"), [(0, 1), (7, 1), (0, 3)])
+def test_all_cells_come_in_the_order_of_the_batches(
+    tmp_path: Path, codec: Any, reader: Any, start: int, threads: int
+) -> None:
     rng = np.random.default_rng(0)
     blocks = [synthetic_block(rng, n, 30, GENES) for n in (400, 260, 500)]
     blocks[1].values[0] = 70_000  # the others' types do not hold it
@@ -37,7 +39,7 @@ def test_all_cells_come_in_the_order_of_the_batches(tmp_path: Path, codec: Any, 
     written = [cell(block, i) for block in blocks for i in range(block.n_cells)]
     store: CellStore = open_shards(tmp_path)
     order = CellOrder(range(store.n_cells), 24, seed=3, block=8, window=40)
-    found = list(raw_batches(store, order, 1, None if reader is None else reader(store), start))
+    found = list(raw_batches(store, order, 1, None if reader is None else reader(store), start, threads))
     assert len(found) == len(order) - start
     for k, (rows, cells) in enumerate(found, start):
         assert rows.tolist() == order.batch(1, k).tolist()

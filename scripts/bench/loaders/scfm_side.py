@@ -29,7 +29,7 @@ def build(folder: Path) -> None:
 
 
 def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None:
-    """Deliver batches of 64: with one thread that makes tokens, and those that read ahead.
+    """Deliver batches of 64: with one thread that makes tokens, or two that decode raw cells, and those that read ahead.
 
     Cells mix as they do by default, or within windows of so many blocks of so many cells; blocks of 1 are true random
     order.
@@ -50,7 +50,7 @@ def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None
         order = CellOrder(range(store.n_cells), BATCH, seed=0, block=block, window=window)
         reader = choose(store, mode).reader
         if what == "raw":
-            return (cells.n_cells for _, cells in raw_batches(store, order, 0, reader))
+            return (cells.n_cells for _, cells in raw_batches(store, order, 0, reader, threads=2))
         tokeniser = Tokeniser(TokenConfig(max_genes=LENGTH - 1, n_bins=51), store.vocabulary, store.value_kind)
         loader = PackLoader(store, order, tokeniser, tokens_per_pack=BATCH * LENGTH, reader=reader)
         return (sum(pack.n_cells for pack in packs) for packs in loader.batches(0))
