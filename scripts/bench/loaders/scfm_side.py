@@ -29,7 +29,7 @@ def build(folder: Path) -> None:
 
 
 def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None:
-    """Deliver batches of 64: with one thread that makes tokens, or two that decode raw cells, and those that read ahead.
+    """Deliver batches of 64: one thread makes tokens, or two decode raw cells, and others read ahead.
 
     Cells mix as they do by default, or within windows of so many blocks of so many cells; blocks of 1 are true random
     order.
