@@ -53,7 +53,8 @@ def _in_order(cells: Rows, rows: NDArray[np.int64]) -> CellBlock:
     if len(parts) == 1:
         block, mine, places = parts[0]
         in_turn = np.arange(block.n_cells)
-        if np.array_equal(mine, in_turn) and np.array_equal(places, in_turn):  # packed cells are decoded so
+        own = block.genes.base is None  # else they lie in memory that the next stage is read into
+        if own and np.array_equal(mine, in_turn) and np.array_equal(places, in_turn):  # packed cells are decoded so
             return block
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(cells.n_genes(rows), out=offsets[1:])

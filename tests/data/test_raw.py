@@ -44,3 +44,19 @@ def test_all_cells_come_in_the_order_of_the_batches(
     for k, (rows, cells) in enumerate(found, start):
         assert rows.tolist() == order.batch(1, k).tolist()
         assert [cell(cells, i) for i in range(cells.n_cells)] == [written[row] for row in rows]
+
+
+def test_batches_that_are_kept_stay_as_they_were(tmp_path: Path) -> None:
+    """A reader uses its memory again, in the next epoch at the latest."""
+    writer = ShardWriter(tmp_path, synthetic_vocabulary(GENES), "counts", codec="list")
+    writer.write(synthetic_block(np.random.default_rng(0), 200, 30, GENES), {})
+    writer.write(synthetic_block(np.random.default_rng(1), 200, 30, GENES), {})
+    writer.finish()
+    store = open_shards(tmp_path)
+    reader, halves = RunReader(store), [range(200), range(200, 400)]
+    orders = [CellOrder(rows, 100, seed=0, shuffle=False) for rows in halves]
+    kept = [batch for order in orders for batch in raw_batches(store, order, 0, reader)]
+    assert [rows.tolist() for rows, _ in kept] == [list(range(at, at + 100)) for at in range(0, 400, 100)]
+    for rows, cells in kept:
+        expected = [cell(block, place) for block, _, places in store.parts(rows) for place in places]
+        assert [cell(cells, i) for i in range(cells.n_cells)] == expected
