@@ -27,8 +27,8 @@ class Mixing(NamedTuple):
 def mixing_of(shuffled: bool) -> Mixing:
     """Return how cells mix that were shuffled when they were written, or not; as many are held at a time.
 
-    Neighbours that were shuffled are a fair sample of all cells, so they come in few large blocks: reading 256 cells
-    at once takes half the time of reading 32 where they are not in memory yet.
+    Neighbours that were shuffled are a fair sample of all cells, so they come in few large blocks, which cost a disk
+    less (BENCHMARKS.md).
     """
     return Mixing(256, 64) if shuffled else Mixing(BLOCK, WINDOW)
 
