@@ -1,11 +1,11 @@
 """Loading beside named peers: the same cells in one run, in turns; each loader in its own process and Python.
 
-    OMP_NUM_THREADS=1 python scripts/bench/loader.py FOLDER --annbatch PYTHON --scgpt SOURCE --out loader.json
+    OMP_NUM_THREADS=1 python scripts/bench/loader.py FOLDER --annbatch PYTHON --lance PYTHON --scgpt SOURCE --out FILE
 
-FOLDER receives 6 GB: 200,000 synthetic cells of 20,000 genes, 1,500 of them expressed, as gzipped h5ad, and what each
+FOLDER receives 7 GB: 200,000 synthetic cells of 20,000 genes, 1,500 of them expressed, as gzipped h5ad, and what each
 loader makes of them; what is there already is used again. PYTHON is one of an environment with annbatch (3.12 or newer,
-`pip install annbatch[zarrs]==0.3.1`), SOURCE the unpacked source of scGPT 0.2.4. A side that is missing or fails is a
-row that says why.
+`pip install annbatch[zarrs]==0.3.1`) or with Lance (`pip install pylance h5py`), SOURCE the unpacked source of scGPT
+0.2.4. A side that is missing or fails is a row that says why.
 
 Cold means: before the process starts, every file of its data was written back and dropped from the page cache by
 posix_fadvise(DONTNEED), which needs no rights; what was read from the disk is printed beside it. A hypervisor may cache
@@ -59,10 +59,10 @@ class Side:
     ours: bool = False
 
 
-def sides(folder: Path, annbatch: str | None, scgpt: str | None, cells: int) -> list[Side]:
+def sides(folder: Path, annbatch: str | None, lance: str | None, scgpt: str | None, cells: int) -> list[Side]:
     """Return all loaders; slow ones deliver fewer cells."""
     here, at, some = sys.executable, str(folder), str(cells)
-    few, fewer = str(cells // 20), str(cells // 100)
+    fifth, few, fewer = str(cells // 5), str(cells // 20), str(cells // 100)
     ours = "scfm_side.py"
     of_annbatch = ("annbatch_side.py", "raw", at)
     of_scgpt = ("scgpt_side.py", "tokens", at, scgpt or "", "0", few)
@@ -76,6 +76,7 @@ def sides(folder: Path, annbatch: str | None, scgpt: str | None, cells: int) -> 
         Side("annbatch uint16, chunks of 64", "raw", annbatch, (*of_annbatch, "64", some), "annbatch.zarr"),
         Side("scfm raw, true random, read", "random", here, (ours, "raw", at, "read", "1x4096", some), "shards", True),
         Side("annbatch uint16, chunks of 1", "random", annbatch, (*of_annbatch, "1", few), "annbatch.zarr"),
+        Side("Lance, 4,096 taken at once", "random", lance, ("lance_side.py", "raw", at, fifth), "lance"),
         Side("AnnData backed, gzipped", "random", here, ("backed_side.py", "raw", at, fewer), ""),
     ]
 
@@ -107,13 +108,14 @@ def run(python: str, command: tuple[str, ...]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def make(folder: Path, annbatch: str | None, scgpt: str | None) -> dict[str, Any]:
+def make(folder: Path, annbatch: str | None, lance: str | None, scgpt: str | None) -> dict[str, Any]:
     """Build what is missing, and return what building took."""
     write_cells(folder, CELLS, GENES, EXPRESSED)
     built = {}
     for python, script, data in (
         (sys.executable, "scfm_side.py", "shards"),
         (annbatch, "annbatch_side.py", "annbatch.zarr"),
+        (lance, "lance_side.py", "lance"),
         (sys.executable if scgpt else None, "scgpt_side.py", "scgpt"),
     ):
         if python and not (folder / data).exists():
@@ -184,7 +186,7 @@ def bytes_per_cell(folder: Path) -> dict[str, float]:
     from scfm.data.transport import LEVEL
 
     taken = {}
-    for data in ("shards", "annbatch.zarr", "scgpt"):
+    for data in ("shards", "annbatch.zarr", "lance", "scgpt"):
         if (folder / data).exists():
             taken[data] = sum(file.stat().st_size for file in (folder / data).rglob("*") if file.is_file()) / CELLS
     first = next((folder / "shards/shards").iterdir()).read_bytes()
@@ -217,13 +219,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--annbatch", help="a Python that has annbatch")
+    parser.add_argument("--lance", help="a Python that has pylance and h5py")
     parser.add_argument("--scgpt", help="the source of scGPT 0.2.4, unpacked")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", type=int, default=CELLS, help="that fast loaders deliver in a run; slow ones fewer")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    built = make(options.folder, options.annbatch, options.scgpt)
-    found = sides(options.folder, options.annbatch, options.scgpt, options.cells)
+    built = make(options.folder, options.annbatch, options.lance, options.scgpt)
+    found = sides(options.folder, options.annbatch, options.lance, options.scgpt, options.cells)
     rows = compare(found, options.folder, options.rounds)
     result = {
         "bench": "loader_peers",
