@@ -144,7 +144,12 @@ class CellDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
         for name, now in self.identity().items():
-            before = state_dict.get(name, "not said")
+            if name not in state_dict:
+                raise ScfmError(
+                    f"the checkpoint does not say its {name}: an earlier scfm wrote it, which read cells in another "
+                    "order; resume it with that version, or start again in another directory"
+                )
+            before = state_dict[name]
             if before != now:
                 was, is_ = (f"{value:,}" if isinstance(value, int) else value for value in (before, now))
                 raise ScfmError(
