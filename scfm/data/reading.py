@@ -7,28 +7,21 @@ Either way the order of the cells is known, so both begin before the cells are n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data.packed import PackedBlock
+from scfm.data.spans import FileSpans, ask_for, read_spans
 from scfm.data.store import Block, CellBlock, CellStore, Rows
 from scfm.errors import ScfmError
 
-IN_FLIGHT = 4  # reads at a time
-ASKED = 2**19  # bytes that the kernel is asked to fetch at a time: of more it may fetch the beginning alone
 HOLE = 8  # cells that are read although nobody wants them, rather than read what is before and behind them apart
 
 Runs = NDArray[np.int64]  # (n, 3): block, first place in it, place after the last; by block
-Job = tuple[Path, int, memoryview]  # file, first byte, where the bytes go
 
 
 @dataclass(frozen=True)
@@ -108,15 +101,9 @@ class MapReader:
 
     def load(self, rows: NDArray[np.int64]) -> Rows:
         """Ask for the pages of ascending rows, and return the store. Raises ScfmError that names a file cut off."""
-        for b, runs in groupby(_runs(self.store, rows).tolist(), itemgetter(0)):
-            file, (index, arrays) = self.store.files[b], _arrays(self.store.blocks[b])
-            descriptor = os.open(file.path, os.O_RDONLY)
-            for _, first, last in runs:
-                for array, start in zip(arrays, file.starts, strict=True):
-                    at, n_bytes = _span(index, array, start, first, last)
-                    for piece in range(at, at + n_bytes, ASKED):
-                        os.posix_fadvise(descriptor, piece, min(ASKED, at + n_bytes - piece), os.POSIX_FADV_WILLNEED)
-            os.close(descriptor)
+        for b, runs, _ in _by_block(found := _runs(self.store, rows)):
+            for at, sizes in _spans(self.store, b, found[runs]):
+                ask_for(self.store.files[b].path, at, sizes)
         return self.store
 
     def release(self, loaded: Rows) -> None:
@@ -128,11 +115,10 @@ class RunReader:
 
     Args:
         store: cells that lie in files.
-        in_flight: reads at a time.
     """
 
-    def __init__(self, store: CellStore, in_flight: int = IN_FLIGHT) -> None:
-        self.store, self.in_flight = store, in_flight
+    def __init__(self, store: CellStore) -> None:
+        self.store = store
         self._spare: list[NDArray[np.uint8]] = []
 
     def load(self, rows: NDArray[np.int64]) -> Loaded:
@@ -142,10 +128,10 @@ class RunReader:
         for b in np.unique(runs[:, 0]).tolist():
             kinds.setdefault(_kind(self.store.blocks[b]), []).append(b)
         groups = [runs[np.isin(runs[:, 0], members)] for members in kinds.values()]
-        jobs: list[Job] = []
+        files: list[FileSpans] = []
         memory: list[NDArray[np.uint8]] = []
-        blocks = [self._room(group, jobs, memory) for group in groups]
-        self._read(jobs)
+        blocks = [self._room(group, files, memory) for group in groups]
+        read_spans(files)
         ordered = np.concatenate([np.empty((0, 3), np.int64), *groups])
         found = np.repeat(self.store.first_rows[ordered[:, 0]], ordered[:, 2] - ordered[:, 1]) + _places(ordered)
         order = np.argsort(found, kind="stable")
@@ -156,8 +142,8 @@ class RunReader:
         assert isinstance(loaded, Loaded)
         self._spare = [*self._spare, *loaded.memory][-4:]
 
-    def _room(self, runs: Runs, jobs: list[Job], memory: list[NDArray[np.uint8]]) -> Block:
-        """Return a block for runs of one kind, and add its memory and the jobs that fill it to those there are."""
+    def _room(self, runs: Runs, files: list[FileSpans], memory: list[NDArray[np.uint8]]) -> Block:
+        """Return a block for runs of one kind, and add its memory and what it is read from to what there is."""
         lengths, places = runs[:, 2] - runs[:, 1], _places(runs)
         spans, starts = np.empty((len(runs), 2), np.int64), np.empty(len(places), np.int64)
         for b, of_runs, of_cells in _by_block(runs):
@@ -171,11 +157,9 @@ class RunReader:
         rooms = [self._empty(int(joined[-1]) * kind.itemsize) for kind in kinds]
         memory += rooms
         for b, of_runs, _ in _by_block(runs):
-            file = self.store.files[b]
-            for room, kind, start in zip(rooms, kinds, file.starts, strict=True):
-                numbers = np.stack([spans[of_runs, 0], bases[of_runs], sizes[of_runs]]) * kind.itemsize
-                for at, base, size in numbers.T.tolist():
-                    jobs.append((file.path, start + at, room.data[base : base + size]))
+            path, here = self.store.files[b].path, _spans(self.store, b, runs[of_runs])
+            for room, kind, (at, n_bytes) in zip(rooms, kinds, here, strict=True):
+                files.append(FileSpans(path, at, n_bytes, room, bases[of_runs] * kind.itemsize))
         arrays = [room[: joined[-1] * kind.itemsize].view(kind) for room, kind in zip(rooms, kinds, strict=True)]
         return _rebuilt(self.store, runs, joined, arrays)
 
@@ -186,33 +170,6 @@ class RunReader:
         memory = min(fitting, key=len)
         self._spare = [spare for spare in self._spare if spare is not memory]
         return memory
-
-    def _read(self, jobs: list[Job]) -> None:
-        with ThreadPoolExecutor(self.in_flight, thread_name_prefix="scfm-read") as pool:
-            reads = [pool.submit(_read_all, jobs[i :: self.in_flight]) for i in range(self.in_flight)]
-        wait(reads)
-        for read in reads:
-            read.result()
-
-
-def _read_all(jobs: list[Job]) -> None:
-    for path, spans in groupby(jobs, itemgetter(0)):
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                for _, at, into in spans:
-                    while into:
-                        n = os.preadv(descriptor, [into], at)
-                        if n == 0:
-                            raise ScfmError(
-                                f"{path}: ends at byte {at:,}, before the cells that its index names; copy it again"
-                            )
-                        into, at = into[n:], at + n
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise ScfmError(f"{path}: cannot be read ({error})") from error
 
 
 def _runs(store: CellStore, rows: NDArray[np.int64]) -> Runs:
@@ -253,9 +210,12 @@ def _arrays(block: Block) -> tuple[NDArray[np.integer], list[NDArray]]:
     return block.offsets, [block.genes, block.values]
 
 
-def _span(index: NDArray[np.integer], array: NDArray, start: int, first: int, last: int) -> tuple[int, int]:
-    """Return the first byte in the file, and the number of bytes, of some cells in an array that begins at `start`."""
-    return start + int(index[first]) * array.itemsize, int(index[last] - index[first]) * array.itemsize
+def _spans(store: CellStore, b: int, runs: Runs) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield, for each array of a block, the first byte in its file and the number of bytes of some of its runs."""
+    index, arrays = _arrays(store.blocks[b])
+    bounds = index[runs[:, 1:]].astype(np.int64)
+    for array, start in zip(arrays, store.files[b].starts, strict=True):
+        yield start + bounds[:, 0] * array.itemsize, (bounds[:, 1] - bounds[:, 0]) * array.itemsize
 
 
 def _kind(block: Block) -> tuple[type, ...]:
