@@ -159,9 +159,10 @@ def test_preprocessor(shared: Path) -> None:
     adata = adata[:, kept].copy()
     sc.pp.normalize_total(adata, target_sum=1e4)
     sc.pp.log1p(adata)
-    logged = adata.X
-    np.testing.assert_array_equal(logged, outputs["X_log1p"])
-    np.testing.assert_array_equal(outputs["X_normed"], outputs["X_log1p"])  # theirs is logged in place
+    # numpy's float32 logarithm differs in the last bit between processors with AVX-512 and without; bins are of theirs
+    np.testing.assert_array_max_ulp(adata.X, outputs["X_log1p"], maxulp=1)
+    logged = outputs["X_log1p"]
+    np.testing.assert_array_equal(outputs["X_normed"], logged)  # theirs is logged in place
     genes = np.arange(adata.n_vars)
     for row, (ids, bins, _, _) in enumerate(tokens_of([(genes[x > 0], x[x > 0]) for x in logged])):
         dense = np.zeros(len(genes), np.int64)

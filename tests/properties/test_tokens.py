@@ -76,16 +76,23 @@ def test_log2_bins_are_those_of_float32_logarithms(row: np.ndarray, rest: int, n
     row = np.append(row, rest).astype(np.uint16) if rest else row
     logarithms = logarithms_of(row)
     expected = np.minimum(logarithms, n_bins - 1).astype(np.int64)
-    assert log2_bins_of(row, n_bins).tolist() == expected.tolist()
+    per_ten_thousand, left = np.divmod(10_000 * row.astype(np.int64), row.sum(dtype=np.int64))
+    whole = (left == 0) & (per_ten_thousand & (per_ten_thousand + 1) == 0)  # see the next test
+    assert log2_bins_of(row, n_bins)[~whole].tolist() == expected[~whole].tolist()
     assert log2_bins_of(logarithms, n_bins).tolist() == expected.tolist()
 
 
 @settings(max_examples=300, deadline=None)
 @given(k=st.integers(1, 13), parts=st.integers(1, 40))
 def test_log2_bins_change_where_the_logarithm_is_whole(k: int, parts: int) -> None:
-    """10,000 * count / total is 2^k - 1 exactly, and a hair less where the cell has one count more."""
+    """10,000 * count / total is 2^k - 1 exactly, and a hair less where the cell has one count more.
+
+    Whether a float32 logarithm comes out whole there depends on the processor (numpy's with AVX-512 does; without, 13
+    comes out as 12.999999).
+    """
     row = np.array([(2**k - 1) * parts, 10_000 * parts - (2**k - 1) * parts], np.uint32)
-    assert log2_bins_of(row, 60)[0] == int(logarithms_of(row)[0]) == k
+    assert log2_bins_of(row, 60)[0] == k
+    assert abs(logarithms_of(row)[0] - k) < 1e-6 * k
     assert log2_bins_of(row + np.array([0, 1], np.uint32), 60)[0] == k - 1
     assert log2_bins_of(row, k)[0] == k - 1, "no bin above n_bins - 1"
 
