@@ -17,11 +17,11 @@ from scfm.data.store import Rows
 
 Part = tuple[NDArray[np.int64], Rows]
 Made = TypeVar("Made")
-TOGETHER = 512  # cells that are prepared at once; the calls for a small batch alone take longer than its cells
+TOGETHER = 1024  # cells that are prepared at once; the calls for a small batch alone take longer than its cells
 
 
 def groups_of(order: Order, start: int) -> Iterator[range]:
-    """Yield the global batches from `start` on in groups of about 512 cells that lie in the same stages."""
+    """Yield the global batches from `start` on in groups of about 1,024 cells that lie in the same stages."""
     most = max(1, TOGETHER // order.cells_per_batch)
     while start < len(order):
         stages, end = order.stages_of(start), min(start + most, len(order))

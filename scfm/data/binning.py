@@ -46,8 +46,9 @@ def bin_counts(
     longest = (offsets[rows + 1] - offsets[rows]).max()
     large, large_at = np.empty(longest, np.int64), np.empty(longest, np.int64)
     draws = np.empty(longest, np.uint32)  # drawn before they are used, in a loop that vectorises
-    # the last entry stands for all large counts, whose bins are found one by one
-    lowest, highest = np.zeros(TABLE + 1, np.uint16), np.zeros(TABLE + 1, np.uint16)
+    # of every small count, the edges below it, and those at or below it; the last entry stands for all large counts,
+    # whose bins are found one by one
+    below_it, highest = np.zeros(TABLE + 1, np.uint16), np.zeros(TABLE + 1, np.uint16)
     for i in range(len(rows)):
         row = counts[offsets[rows[i]] : offsets[rows[i] + 1]]
         if len(row) == 0:
@@ -60,14 +61,17 @@ def bin_counts(
             else:
                 large[n_large], large_at[n_large] = row[t], t
                 n_large += 1
-        _bin_table(held, large[:n_large], len(row), quantiles, edges, lowest, highest)
+        _write_edges(held, large[:n_large], len(row), quantiles, edges)
+        _count_edges(edges, False, highest)
         out = bins[starts[i] : starts[i] + len(row)]
         if spread_ties:
+            _count_edges(edges, True, below_it)
             for t in range(len(row)):
                 draws[t] = draw32(streams[i], t)
             for t in range(len(row)):
                 entry = min(row[t], LARGE)
-                low, high = int(lowest[entry]), int(highest[entry])
+                high = int(highest[entry])
+                low = min(int(below_it[entry]) + 1, high)
                 out[t] = low + below(draws[t], high - low + 1)
         else:
             for t in range(len(row)):
@@ -164,41 +168,41 @@ def _search(value: float, edges: NDArray[np.float64], spread_ties: bool, stream:
 
 
 @compiled
-def _bin_table(
+def _write_edges(
     held: NDArray[np.int32],
     large: NDArray[np.int64],
     n: int,
     quantiles: NDArray[np.float64],
     edges: NDArray[np.float64],
-    lowest: NDArray[np.uint16],
-    highest: NDArray[np.uint16],
 ) -> None:
-    """Write the edges of a cell, and the lowest and highest bin that every count below TABLE may take.
+    """Write the edges of a cell.
 
     Args:
         held: (4, TABLE) how often each small count was seen, in four parts; summed in place.
         large: the counts from TABLE on; sorted in place.
         n: number of counts.
         quantiles, edges: (n_bins - 1,).
-        lowest, highest: (TABLE + 1,).
     """
     total = held[0]
     for count in range(TABLE):
         total[count] += held[1, count] + held[2, count] + held[3, count]
     large.sort()
     _edges_of_counts(total, large, n, quantiles, edges)
-    lowest[:], highest[:] = 0, 0
-    for edge in edges:
-        if edge < TABLE:  # it is below the counts from `whole + 1` on, and at or below those from `up` on
-            whole = int(edge)
-            up = whole + int(whole < edge)
-            lowest[whole + 1] += 1
-            highest[up] += 1
-    below_it, at_most = 1, 0
-    for count in range(TABLE):
-        below_it += lowest[count]
-        at_most += highest[count]
-        lowest[count], highest[count] = min(below_it, at_most), at_most
+
+
+@compiled
+def _count_edges(edges: NDArray[np.float64], strictly: bool, table: NDArray[np.uint16]) -> None:
+    """Write how many of the edges, ascending, lie at or below each count up to TABLE - 1, or strictly below it."""
+    at = 0
+    for j in range(len(edges)):
+        whole = int(min(edges[j], float(TABLE)))
+        # the first count that the edge is below, or at or below; counts up to there have j edges
+        first = min(whole + int(strictly or whole < edges[j]), TABLE)
+        for count in range(at, first):
+            table[count] = j
+        at = max(at, first)
+    for count in range(at, TABLE):
+        table[count] = len(edges)
 
 
 @compiled

@@ -247,13 +247,16 @@ def _write_cell(
         split_expressed(read, known, unknown, draws[0], draws[1], scratch)
     else:
         split(len(ids), known, unknown, draws[0], scratch)
+    # what is the same for both arrays, or for all genes, is written in loops of their own, which vectorise
     for j in range(known):
         t = first[j]
-        genes[1 + j], values[1 + j], targets[1 + j] = ids[t], read[t], read[t]
+        genes[1 + j], values[1 + j] = ids[t], read[t]
+    targets[1 : 1 + known] = values[1 : 1 + known]
     genes, values, targets = genes[1 + known :], values[1 + known :], targets[1 + known :]
     for j in range(unknown):
         t = second[j]
-        genes[j], values[j], targets[j] = ids[t], mask_value, read[t]
+        genes[j], targets[j] = ids[t], read[t]
+    values[:] = mask_value
     if shown:
         show(values, targets, second, shown, draws[2])
 

@@ -1,6 +1,6 @@
 """scfm: packed training batches, or raw cells, from a shard directory.
 
-scfm_side.py build FOLDER | WHAT FOLDER map|read BLOCKxWINDOW CELLS, WHAT being tokens or raw
+scfm_side.py build FOLDER | few FOLDER | WHAT FOLDER map|read BLOCKxWINDOW CELLS, WHAT being tokens or raw
 """
 
 from __future__ import annotations
@@ -28,20 +28,30 @@ def build(folder: Path) -> None:
     print(json.dumps({"cpu": took.ru_utime + took.ru_stime, "peak_bytes": 1024 * took.ru_maxrss}))
 
 
+def few(folder: Path) -> None:
+    """Write a few other cells, on which kernels are loaded: the first batch of the measured ones must stay cold."""
+    import numpy as np
+
+    from scfm.bench.cells import synthetic_block, synthetic_vocabulary
+    from scfm.data.shards import ShardWriter
+
+    writer = ShardWriter(folder, synthetic_vocabulary(20_000), "counts", codec="packed")
+    for _ in range(2):
+        writer.write(synthetic_block(np.random.default_rng(0), 256, 1500, 20_000), {})
+    writer.finish()
+
+
 def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None:
     """Deliver batches of 64: one thread makes tokens, or two decode raw cells, and others read ahead.
 
     Cells mix as they do by default, or within windows of so many blocks of so many cells; blocks of 1 are true random
     order.
     """
-    import numpy as np
-
-    from scfm.bench.cells import synthetic_block, synthetic_vocabulary
     from scfm.data.access import choose
     from scfm.data.loader import PackLoader
     from scfm.data.order import CellOrder, mixing_of
     from scfm.data.raw import raw_batches
-    from scfm.data.shards import ShardWriter, open_shards
+    from scfm.data.shards import open_shards
     from scfm.data.tokens import TokenConfig, Tokeniser
 
     def batches_of(shards: Path) -> Iterator[int]:
@@ -55,11 +65,8 @@ def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None
         loader = PackLoader(store, order, tokeniser, tokens_per_pack=BATCH * LENGTH, reader=reader)
         return (sum(pack.n_cells for pack in packs) for packs in loader.batches(0))
 
-    with TemporaryDirectory() as elsewhere:  # kernels are loaded on other cells: the first batch must stay cold
-        writer = ShardWriter(Path(elsewhere), synthetic_vocabulary(20_000), "counts", codec="packed")
-        for _ in range(2):
-            writer.write(synthetic_block(np.random.default_rng(0), 256, 1500, 20_000), {})
-        writer.finish()
+    with TemporaryDirectory() as elsewhere:  # made by another process, which keeps its memory to itself
+        subprocess.run([sys.executable, __file__, "few", elsewhere], check=True)
         sum(batches_of(Path(elsewhere)))
     measure(lambda: batches_of(folder / "shards"), cells, PACKAGES)
 
@@ -67,5 +74,7 @@ def deliver(what: str, folder: Path, mode: str, mixing: str, cells: int) -> None
 if __name__ == "__main__":
     if sys.argv[1] == "build":
         build(Path(sys.argv[2]))
+    elif sys.argv[1] == "few":
+        few(Path(sys.argv[2]))
     else:
         deliver(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
