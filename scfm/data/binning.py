@@ -219,6 +219,7 @@ def _edges_of_counts(
     for j in range(len(quantiles)):
         rank = (n - 1) * quantiles[j]
         k = int(rank)
+        after = min(k + 1, n - 1)
         if k >= n_small:
             at_k = large[k - n_small]
         else:
@@ -226,13 +227,13 @@ def _edges_of_counts(
                 count += 1
                 reached += total[count]
             at_k = count
-        after = min(k + 1, n - 1)
+            if reached > after:  # mostly: the same count follows, and nothing lies between
+                edges[j] = float(count)
+                continue
         if after >= n_small:
             at_after = large[after - n_small]
         else:
-            at_after = at_k
-            if reached <= after:
+            at_after = at_k + 1
+            while total[at_after] == 0:
                 at_after += 1
-                while total[at_after] == 0:
-                    at_after += 1
         edges[j] = _interpolate(float(at_k), float(at_after), rank - k)
