@@ -10,6 +10,7 @@ import pytest
 
 from scfm.bench.embed import bench_embed, embed, embeddings, model_of
 from scfm.checkpoints.native import save_model
+from scfm.model import precision
 from scfm.recipe import DataConfig, ModelConfig, ObjectiveConfig, Recipe
 
 SIZES = {"cells": 20, "genes": 25, "vocabulary": 50}
@@ -23,7 +24,10 @@ def recipe() -> Recipe:
     )
 
 
-def test_embed_prints_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed_prints_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)  # emulated where there are no such products
     out = tmp_path / "embed.json"
     embed(recipe(), "bf16", **SIZES, repeats=2, out=str(out))
     result = json.loads(out.read_text())
