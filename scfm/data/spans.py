@@ -26,7 +26,7 @@ from scfm.errors import ScfmError
 THREADS = 4  # of one call; more than the disk needs where the kernel fetches ahead, for file systems where it does not
 AHEAD = 2**20  # bytes that each of them has asked for and not read
 ASKED = 2**19  # bytes that the kernel is asked for at once: of more it may fetch the beginning alone
-WILL_NEED = os.POSIX_FADV_WILLNEED
+WILL_NEED = 3  # Linux's POSIX_FADV_WILLNEED; macOS has none, and imports this for cells in memory all the same
 
 _pread = types.ExternalFunction("pread", signature(types.intp, types.int32, types.uintp, types.uintp, types.int64))
 _advise = types.ExternalFunction(

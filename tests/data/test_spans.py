@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,13 @@ def test_files_are_closed(files: list[Path]) -> None:
         read_spans([of_file(path, [(0, 10), (100, 200)]) for path in files])
         ask_for(files[0], np.array([0]), np.array([100]))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_linux_alone_has_is_not_needed_to_import() -> None:
+    """Cells in memory are read on any system."""
+    without = "import os; del os.posix_fadvise, os.POSIX_FADV_WILLNEED; import scfm.data.loader, scfm.data.access"
+    subprocess.run([sys.executable, "-c", without], check=True)
+
+
+def test_the_kernel_is_asked_for_what_the_system_calls_so() -> None:
+    assert spans.WILL_NEED == os.POSIX_FADV_WILLNEED
